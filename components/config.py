@@ -1,0 +1,47 @@
+"""The one config of a run: shared sections and one section a step."""
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from components.check.config import CheckConfig
+from components.data_prep.config import DataPrepConfig
+from components.evaluate.config import EvaluateConfig
+from components.lora_rl.config import LoraRlConfig
+from components.merge_adapter.config import MergeAdapterConfig
+from components.promote.config import PromoteConfig
+from components.sft_warmup.config import SftWarmupConfig
+from tuneloop.config import StrictModel, load_config
+from tuneloop.settings import LoraSettings, ModelSettings, TaskSettings
+
+
+class RunConfig(StrictModel):
+    """Everything that decides what a run computes. Where it runs and writes is not in here."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    model: ModelSettings
+    task: TaskSettings
+    lora: LoraSettings = LoraSettings()
+    check: CheckConfig = CheckConfig()
+    data_prep: DataPrepConfig
+    sft_warmup: SftWarmupConfig = SftWarmupConfig()
+    lora_rl: LoraRlConfig = LoraRlConfig()
+    merge_adapter: MergeAdapterConfig = MergeAdapterConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    promote: PromoteConfig = PromoteConfig()
+
+    @model_validator(mode="after")
+    def _lengths_fit_the_context(self) -> "RunConfig":
+        needed = self.data_prep.max_prompt_tokens + self.task.max_new_tokens
+        if needed > self.model.max_length:
+            raise ValueError(
+                f"data_prep.max_prompt_tokens + task.max_new_tokens = {needed} exceeds model.max_length = "
+                f"{self.model.max_length}: raise model.max_length or lower one of the two"
+            )
+        return self
+
+
+def load_run_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """`tuneloop.config.load_config` for a whole run."""
+    return load_config(RunConfig, path, overrides)

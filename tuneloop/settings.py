@@ -1,0 +1,101 @@
+"""Settings that several steps share: the model, the task and its rewards, LoRA, the optimiser, sampling.
+
+Settings that belong to one step alone are in that step's `components/<step>/config.py`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tuneloop.config import StrictModel
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ModelSettings(StrictModel):
+    """The base model: where it comes from, the precision it is held in, the longest sequence that it may see."""
+
+    uri: str = Field(min_length=1)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 1024  # prompt + completion, tokens
+
+
+class RewardSettings(StrictModel):
+    """One reward: scores in [0, 1] for a completion; the rewards' weighted sum is what RL maximises."""
+
+    kind: Literal["exact", "numeric", "symbolic", "format", "reasoning_gym", "python"]
+    name: str = Field(default="", pattern=r"^[a-z0-9_]*$")  # defaults to the kind
+    weight: Annotated[float, Field(ge=-100.0, le=100.0)] = 1.0
+    pattern: str = ""  # format: a regular expression that the whole completion must match
+    function: str = ""  # python: a dotted name, `package.module:function`
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_defaults_to_kind(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("name"):
+            return {**data, "name": data.get("kind", "")}
+        return data
+
+    @model_validator(mode="after")
+    def _options_fit_the_kind(self) -> "RewardSettings":
+        if self.kind == "format" and not self.pattern:
+            raise ValueError("a format reward needs `pattern`")
+        if self.kind == "python" and ":" not in self.function:
+            raise ValueError("a python reward needs `function` written as package.module:function")
+        return self
+
+
+class TaskSettings(StrictModel):
+    """What is asked and how an answer is judged."""
+
+    system_prompt: str = ""
+    max_new_tokens: Annotated[int, Field(ge=1, le=131_072)] = 256
+    rewards: Annotated[tuple[RewardSettings, ...], Field(min_length=1)] = (RewardSettings(kind="exact"),)
+
+    @field_validator("rewards")
+    @classmethod
+    def _names_are_unique(cls, rewards: tuple[RewardSettings, ...]) -> tuple[RewardSettings, ...]:
+        names = [reward.name for reward in rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two rewards share a name ({', '.join(names)}); give one a `name` of its own")
+        return rewards
+
+    @property
+    def accuracy_reward(self) -> str:
+        """The name of the reward that decides whether a completion is correct: the first one."""
+        return self.rewards[0].name
+
+
+class LoraSettings(StrictModel):
+    """The adapter. The update to a target weight is `scaling * B @ A`; see Hu et al., 2021 (arXiv:2106.09685)."""
+
+    rank: Annotated[int, Field(ge=1, le=4096)] = 32
+    alpha: Annotated[float, Field(gt=0.0, le=65_536.0)] = 32.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    rslora: bool = False  # scaling alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732)
+    target_modules: Literal["all-linear", "attention", "mlp"] | tuple[str, ...] = "all-linear"
+    exclude_modules: tuple[str, ...] = ()
+    rank_pattern: dict[str, PositiveInt] = {}  # module-name suffix or regex -> rank
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = {}
+
+
+class OptimizerSettings(StrictModel):
+    """AdamW with decoupled weight decay and a learning rate that warms up linearly."""
+
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)]
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; linear and cosine end at 0
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    epsilon: Annotated[float, Field(gt=0.0, le=1e-2)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class SamplingSettings(StrictModel):
+    """How completions are drawn. temperature 0 is greedy."""
+
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0: off
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # 1: off
