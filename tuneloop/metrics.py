@@ -1,0 +1,74 @@
+"""Metrics of a training step: one JSON line an update, and TensorBoard beside it."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """An append-only file of JSON objects that can be cut back to a known length on resume."""
+
+    def __init__(self, path: Path, offset: int | None = None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if offset is not None and path.exists():
+            os.truncate(path, offset)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one object and hand it to the kernel."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def offset(self) -> int:
+        """Bytes so far."""
+        self._file.flush()
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class MetricsWriter:
+    """Writes `metrics.jsonl` and `tensorboard/` in a folder.
+
+    Args:
+        folder: where they go.
+        offset: cut `metrics.jsonl` to this many bytes first (what a checkpoint recorded).
+        first_update: TensorBoard forgets what it has from this update on.
+        seconds: time already spent, so that `time` goes on after a resume.
+    """
+
+    def __init__(self, folder: Path, *, offset: int = 0, first_update: int = 0, seconds: float = 0.0):
+        from torch.utils.tensorboard.writer import SummaryWriter  # imports torch
+
+        self._lines = JsonLines(folder / "metrics.jsonl", offset)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update)
+        self._started = time.monotonic() - seconds
+
+    def write(self, update: int, values: Mapping[str, float]) -> None:
+        """Record the metrics of one update."""
+        row = {"update": update, "time": round(self.seconds(), 3)}
+        self._lines.write(row | {name: _rounded(value) for name, value in values.items()})
+        for name, value in values.items():
+            self._board.add_scalar(name, value, update)
+
+    def seconds(self) -> float:
+        """Seconds of training so far, earlier attempts included."""
+        return time.monotonic() - self._started
+
+    def offset(self) -> int:
+        """Bytes of `metrics.jsonl` so far."""
+        return self._lines.offset()
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._lines.close()
+        self._board.close()
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,196 @@
+"""LoRA layers: which modules get one, how they compute, and how they become a PEFT adapter and back.
+
+The base weight stays frozen; the factors are held in the model's dtype for computing, and the optimiser keeps fp32
+master copies of its own. Formula: y = W x + scaling * B (A x), Hu et al., 2021 (arXiv:2106.09685).
+
+Legend: R rank.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from tuneloop.errors import UserError
+from tuneloop.models.adapter_io import Adapter, match_pattern
+from tuneloop.settings import LoraSettings
+
+ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj", "query_key_value", "dense")
+MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h")
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and its trainable low-rank update.
+
+    `enabled = False` computes with the base weight alone.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float = 0.0):
+        super().__init__()
+        self.base = base
+        self.scaling, self.dropout, self.enabled = scaling, dropout, True
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, dtype=base.weight.dtype, device=base.weight.device))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=base.weight.dtype, device=base.weight.device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.enabled:
+            return self.base(x)
+        if self.dropout and self.training:
+            return self.base(x) + self.scaling * F.linear(F.linear(F.dropout(x, self.dropout), self.A), self.B)
+        y = _LoraMatmul.apply(x, self.base.weight, self.A, self.B, self.scaling)
+        return y if self.base.bias is None else y + self.base.bias
+
+
+class _LoraMatmul(torch.autograd.Function):
+    """x W^T + s (x A^T) B^T, accumulated in place, so that no full-size temporary is made in either direction."""
+
+    @staticmethod
+    def forward(ctx, x, weight, a, b, scaling):
+        rows = x.reshape(-1, x.shape[-1])
+        low = rows @ a.T
+        y = rows @ weight.T
+        y.addmm_(low, b.T, alpha=scaling)
+        ctx.save_for_backward(rows, weight, a, b, low)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[override]
+        rows, weight, a, b, low = ctx.saved_tensors
+        gradient = gradient.reshape(-1, weight.shape[0])
+        gradient_low = (gradient @ b).mul_(ctx.scaling)
+        gradient_b = (gradient.T @ low).mul_(ctx.scaling)
+        gradient_a = gradient_low.T @ rows
+        gradient_x = gradient_w = None
+        if ctx.needs_input_grad[0]:
+            gradient_x = gradient @ weight
+            gradient_x.addmm_(gradient_low, a)
+            gradient_x = gradient_x.view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            gradient_w = gradient.T @ rows
+        return gradient_x, gradient_w, gradient_a, gradient_b, None
+
+
+def target_modules(model: nn.Module, settings: LoraSettings) -> dict[str, nn.Linear]:
+    """The linear layers that get an adapter, by name.
+
+    "all-linear" is every linear layer but the output head; "attention" and "mlp" are the projections of those blocks;
+    a tuple holds module names, their suffixes, or regular expressions for the end of a name.
+
+    Raises:
+        UserError: nothing matches, or a pattern of the list matches nothing.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: module for name, module in linear.items() if module is not head}
+    wanted = settings.target_modules
+    if wanted == "all-linear":
+        chosen = dict(linear)
+    else:
+        patterns = {"attention": ATTENTION_NAMES, "mlp": MLP_NAMES}.get(wanted, wanted) if isinstance(wanted, str) else wanted
+        matched = {pattern: [n for n in linear if match_pattern({pattern: True}, n, False)] for pattern in patterns}
+        unmatched = [pattern for pattern in patterns if not matched[pattern]]
+        if not isinstance(wanted, str) and unmatched:
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise UserError(f"lora.target_modules: {unmatched[0]!r} matches no linear layer; known: {', '.join(known)}")
+        names = {name for pattern in patterns for name in matched[pattern]}
+        chosen = {name: module for name, module in linear.items() if name in names}
+    excluded = dict.fromkeys(settings.exclude_modules, True)
+    chosen = {name: module for name, module in chosen.items() if not match_pattern(excluded, name, False)}
+    if not chosen:
+        raise UserError(f"lora.target_modules = {wanted!r} without {settings.exclude_modules!r} matches no linear layer")
+    return chosen
+
+
+def attach(model: PreTrainedModel, settings: LoraSettings, seed: int) -> dict[str, LoraLinear]:
+    """Give every target module a fresh adapter (A Kaiming-uniform from the seed, B zero), in place.
+
+    Raises:
+        UserError: no module matches, or a rank exceeds a matrix's smaller side.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers: dict[str, LoraLinear] = {}
+    for name, linear in target_modules(model, settings).items():
+        rank = match_pattern(settings.rank_pattern, name, settings.rank)
+        alpha = match_pattern(settings.alpha_pattern, name, settings.alpha)
+        _refuse_excess_rank(name, rank, linear)
+        layer = LoraLinear(linear, rank, alpha / math.sqrt(rank) if settings.rslora else alpha / rank, settings.dropout)
+        bound = 1.0 / math.sqrt(linear.in_features)  # kaiming_uniform_(a=sqrt(5)), as PEFT and nn.Linear do
+        values = torch.rand(layer.A.shape, generator=generator).mul_(2 * bound).sub_(bound)
+        layer.A.data.copy_(values)
+        _replace(model, name, layer)
+        layers[name] = layer
+    return layers
+
+
+def attach_adapter(model: PreTrainedModel, adapter: Adapter, dropout: float = 0.0) -> dict[str, LoraLinear]:
+    """Continue from an existing adapter, in place.
+
+    Raises:
+        UserError: the adapter was made for another model.
+    """
+    layers: dict[str, LoraLinear] = {}
+    modules = dict(model.named_modules())
+    for name, (a, b) in adapter.factors.items():
+        linear = modules.get(name)
+        fits = isinstance(linear, nn.Linear) and (b.shape[0], a.shape[1]) == tuple(linear.weight.shape)
+        if not isinstance(linear, nn.Linear) or not fits:
+            what = f"has no linear layer {name}" if linear is None else f"has another shape at {name}"
+            raise UserError(f"the adapter was made for another base: the model {what}")
+        layer = LoraLinear(linear, a.shape[0], adapter.scaling(name), dropout)
+        layer.A.data.copy_(a)
+        layer.B.data.copy_(b)
+        _replace(model, name, layer)
+        layers[name] = layer
+    return layers
+
+
+def extract(layers: dict[str, LoraLinear], config: dict) -> Adapter:
+    """A copy of the layers' factors as an adapter."""
+    factors = {name: (layer.A.detach().clone(), layer.B.detach().clone()) for name, layer in layers.items()}
+    return Adapter(factors, config)
+
+
+def peft_config(settings: LoraSettings, layers: dict[str, LoraLinear], base_uri: str) -> dict:
+    """The `adapter_config.json` that PEFT and vLLM need to compute what we trained."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_uri,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": _shortest_names(layers),
+        "rank_pattern": dict(settings.rank_pattern),
+        "alpha_pattern": dict(settings.alpha_pattern),
+    }
+
+
+def trainable_parameters(layers: dict[str, LoraLinear]) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, factor) of every adapter parameter, in a stable order."""
+    for name, layer in layers.items():
+        yield f"{name}.lora_A", layer.A
+        yield f"{name}.lora_B", layer.B
+
+
+def _shortest_names(layers: dict[str, LoraLinear]) -> list[str]:
+    """Leaf names: exact when every module of that leaf name is adapted in every block, as our targets are."""
+    return sorted({name.rsplit(".", 1)[-1] for name in layers})
+
+
+def _refuse_excess_rank(name: str, rank: int, linear: nn.Linear) -> None:
+    limit = min(linear.in_features, linear.out_features)
+    if rank > limit:
+        raise UserError(f"lora.rank = {rank} exceeds {name}'s smaller side ({limit}): a rank above it adds nothing")
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,89 @@
+"""Keys and values of groups in generation: one copy of each prompt's, and each completion's own.
+
+Legend: N prompts, G samples a prompt, P longest prompt, C longest completion so far, A active sequences,
+H query heads, K key/value heads, D head size.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from tuneloop.models.grouped_attention import combine, products
+from tuneloop.models.packed import PackedBatch
+
+
+@dataclass
+class GroupCache:
+    """Caches of all layers. `prefill(batch)` and `decode(...)` give the attention contexts that fill them."""
+
+    samples: int
+    prompt_keys: list[torch.Tensor] = field(default_factory=list)  # a layer: (N, K, P, D)
+    prompt_values: list[torch.Tensor] = field(default_factory=list)
+    own_keys: list[torch.Tensor] = field(default_factory=list)  # a layer: (N, K, G, room, D)
+    own_values: list[torch.Tensor] = field(default_factory=list)
+    padding: torch.Tensor | None = None  # (N, 1, 1, 1, P), True where a prompt has ended
+
+    def keep(self, prompts: torch.Tensor) -> None:
+        """Forget all prompts but these (indices into N)."""
+        for store in (self.prompt_keys, self.prompt_values, self.own_keys, self.own_values):
+            store[:] = [tensor[prompts] for tensor in store]
+        if self.padding is not None:
+            self.padding = self.padding[prompts]
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens a completion; room doubles, so copying stays cheap."""
+        room = self.own_keys[0].shape[3] if self.own_keys else 0
+        if length <= room:
+            return
+        room = max(length, 2 * room, 16)
+        for store in (self.own_keys, self.own_values):
+            for layer, prompt in enumerate(self.prompt_keys):
+                n, k, _, d = prompt.shape
+                grown = prompt.new_zeros(n, k, self.samples, room, d)
+                if layer < len(store):
+                    grown[..., : store[layer].shape[3], :] = store[layer]
+                    store[layer] = grown
+                else:
+                    store.append(grown)
+
+
+class Prefill:
+    """Attention of the prompts, kept in the cache."""
+
+    def __init__(self, cache: GroupCache, batch: PackedBatch):
+        self.cache, self.batch = cache, batch
+        places = torch.arange(batch.prompt_index_NP.shape[1], device=batch.prompt_length_N.device)
+        padding_NP = places >= batch.prompt_length_N[:, None]
+        cache.padding = padding_NP[:, None, None, None, :] if bool(padding_NP.any()) else None
+
+    def attend(self, layer, query_THD, key_TKD, value_TKD, scaling):
+        """See `AttentionContext`."""
+        index = self.batch.prompt_index_NP
+        self.cache.prompt_keys.append(key_TKD[index].transpose(1, 2).contiguous())
+        self.cache.prompt_values.append(value_TKD[index].transpose(1, 2).contiguous())
+        return self.batch.attend(layer, query_THD, key_TKD, value_TKD, scaling)
+
+
+class Decode:
+    """Attention of one new token of every active sequence, over its prompt and its own tokens."""
+
+    def __init__(self, cache: GroupCache, prompt_A: torch.Tensor, sample_A: torch.Tensor, place: int):
+        self.cache, self.prompt_A, self.sample_A, self.place = cache, prompt_A, sample_A, place
+        cache.reserve(place + 1)
+
+    def attend(self, layer, query_AHD, key_AKD, value_AKD, scaling):
+        """See `AttentionContext`; the packed rows are the active sequences."""
+        own_keys, own_values = self.cache.own_keys[layer], self.cache.own_values[layer]
+        own_keys[self.prompt_A, :, self.sample_A, self.place] = key_AKD
+        own_values[self.prompt_A, :, self.sample_A, self.place] = value_AKD
+        n, k, g, _, d = own_keys.shape
+        query = query_AHD.new_zeros(n, g, query_AHD.shape[1], d)
+        query[self.prompt_A, self.sample_A] = query_AHD
+        query = query.view(n, g, k, -1, d).transpose(1, 2)
+        so_far = slice(0, self.place + 1)
+        scores = products(query, self.cache.prompt_keys[layer], own_keys[..., so_far, :]).mul_(scaling)
+        if self.cache.padding is not None:
+            scores[..., : self.cache.padding.shape[-1]].masked_fill_(self.cache.padding, float("-inf"))
+        weights = scores.softmax(-1).to(query.dtype)
+        out = combine(weights, self.cache.prompt_values[layer], own_values[..., so_far, :])
+        return out.transpose(1, 2).reshape(n, g, -1, d)[self.prompt_A, self.sample_A]

@@ -1,0 +1,111 @@
+"""AdamW on fp32 master copies of parameters that compute in the model's dtype.
+
+Gradients of every micro-batch are added up in fp32. All parameters are views of four flat buffers (master, gradient and
+the two moments), so that one fused kernel updates them and a checkpoint is three tensors.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from tuneloop.settings import OptimizerSettings
+
+
+class MasterAdamW:
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) with linear warm-up, a schedule, and gradient-norm clipping.
+
+    Args:
+        parameters: (name, parameter) pairs, in a stable order; each gets a hook that takes its gradient away as soon
+            as it is complete.
+        total_updates: the length of the schedule, in optimiser steps.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, total_updates: int):
+        self.settings, self.total_updates, self.updates = settings, total_updates, 0
+        self._parameters = dict(parameters)
+        sizes = [parameter.numel() for parameter in self._parameters.values()]
+        device = next(iter(self._parameters.values())).device
+        self._master = torch.empty(sum(sizes), device=device)
+        self._master.grad = torch.zeros_like(self._master)
+        self._views = dict(zip(self._parameters, self._master.split(sizes), strict=True))
+        gradients = dict(zip(self._parameters, self._master.grad.split(sizes), strict=True))
+        for name, parameter in self._parameters.items():
+            self._views[name].copy_(parameter.detach().flatten())
+            parameter.register_post_accumulate_grad_hook(_collector(gradients[name]))
+        self._adam = torch.optim.AdamW(
+            [self._master],
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+
+    def learning_rate(self, update: int) -> float:
+        """The rate of optimiser step `update` (from 0)."""
+        warmup = self.settings.warmup_updates
+        if update < warmup:
+            return self.settings.learning_rate * (update + 1) / warmup
+        gone = (update - warmup) / max(1, self.total_updates - warmup)
+        factor = {
+            "constant": 1.0,
+            "linear": 1.0 - gone,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * gone)),
+        }[self.settings.schedule]
+        return self.settings.learning_rate * factor
+
+    def step(self) -> tuple[float, float]:
+        """Apply the collected gradient and clear it; returns (gradient norm before clipping, learning rate)."""
+        gradient = self._master.grad
+        assert gradient is not None
+        norm = float(torch.linalg.vector_norm(gradient))
+        rate = self.learning_rate(self.updates)
+        if math.isfinite(norm):
+            if norm > self.settings.max_grad_norm:
+                gradient.mul_(self.settings.max_grad_norm / norm)
+            self._adam.param_groups[0]["lr"] = rate
+            self._adam.step()
+            self._write_back()
+        gradient.zero_()
+        self.updates += 1
+        return norm, rate
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self._views[name].view_as(parameter))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Tensors from which `load_state` continues to the last bit."""
+        moments = self._adam.state[self._master] if self._adam.state else {}
+        zeros = torch.zeros_like(self._master)
+        return {
+            "master": self._master.detach(),
+            "exp_avg": moments.get("exp_avg", zeros),
+            "exp_avg_sq": moments.get("exp_avg_sq", zeros.clone()),
+            "adam_step": torch.as_tensor(moments.get("step", 0.0), dtype=torch.float32),
+            "updates": torch.tensor(self.updates),
+        }
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Continue from `state()`; the parameters take the masters' values."""
+        self._master.data.copy_(state["master"])
+        self.updates = int(state["updates"])
+        device = self._master.device
+        self._adam.state[self._master] = {
+            "step": state["adam_step"].clone().to(device),
+            "exp_avg": state["exp_avg"].to(device, copy=True),
+            "exp_avg_sq": state["exp_avg_sq"].to(device, copy=True),
+        }
+        self._write_back()
+
+
+def _collector(gradient: torch.Tensor):
+    def collect(parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            gradient.add_(parameter.grad.flatten())
+            parameter.grad = None
+
+    return collect
