@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tuneloop.errors import UserError
+from tuneloop.models.targets import match_pattern
 
 PEFT_PREFIX = "base_model.model."
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -52,14 +52,6 @@ class Adapter:
     def is_no_op(self) -> bool:
         """Whether every B·A is zero, so that the adapter changes nothing."""
         return all(not a.any() or not b.any() for a, b in self.factors.values())
-
-
-def match_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: a pattern is a regex for the end of the module name, on a dot boundary."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> None:

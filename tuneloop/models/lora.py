@@ -15,11 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tuneloop.errors import UserError
-from tuneloop.models.adapter_io import Adapter, match_pattern
+from tuneloop.models.adapter_io import Adapter
+from tuneloop.models.targets import choose_targets, match_pattern
 from tuneloop.settings import LoraSettings
-
-ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj", "query_key_value", "dense")
-MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h")
 
 
 class LoraLinear(nn.Module):
@@ -75,10 +73,7 @@ class _LoraMatmul(torch.autograd.Function):
 
 
 def target_modules(model: nn.Module, settings: LoraSettings) -> dict[str, nn.Linear]:
-    """The linear layers that get an adapter, by name.
-
-    "all-linear" is every linear layer but the output head; "attention" and "mlp" are the projections of those blocks;
-    a tuple holds module names, their suffixes, or regular expressions for the end of a name.
+    """The linear layers that get an adapter, by name; never the output head. See `choose_targets` for the rule.
 
     Raises:
         UserError: nothing matches, or a pattern of the list matches nothing.
@@ -86,23 +81,7 @@ def target_modules(model: nn.Module, settings: LoraSettings) -> dict[str, nn.Lin
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     linear = {name: module for name, module in linear.items() if module is not head}
-    wanted = settings.target_modules
-    if wanted == "all-linear":
-        chosen = dict(linear)
-    else:
-        patterns = {"attention": ATTENTION_NAMES, "mlp": MLP_NAMES}.get(wanted, wanted) if isinstance(wanted, str) else wanted
-        matched = {pattern: [n for n in linear if match_pattern({pattern: True}, n, False)] for pattern in patterns}
-        unmatched = [pattern for pattern in patterns if not matched[pattern]]
-        if not isinstance(wanted, str) and unmatched:
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise UserError(f"lora.target_modules: {unmatched[0]!r} matches no linear layer; known: {', '.join(known)}")
-        names = {name for pattern in patterns for name in matched[pattern]}
-        chosen = {name: module for name, module in linear.items() if name in names}
-    excluded = dict.fromkeys(settings.exclude_modules, True)
-    chosen = {name: module for name, module in chosen.items() if not match_pattern(excluded, name, False)}
-    if not chosen:
-        raise UserError(f"lora.target_modules = {wanted!r} without {settings.exclude_modules!r} matches no linear layer")
-    return chosen
+    return {name: linear[name] for name in choose_targets(linear, settings)}
 
 
 def attach(model: PreTrainedModel, settings: LoraSettings, seed: int) -> dict[str, LoraLinear]:
