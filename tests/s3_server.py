@@ -1,0 +1,100 @@
+"""A real HTTP S3 endpoint on 127.0.0.1 for tests: `from tests.s3_server import s3_server  # noqa: F401`.
+
+moto checks a condition and then stores, in two moves; S3 promises one. Requests are therefore handled one at a time.
+Faults can be put in front: a status for the next requests of a method, an answer that is lost, a body that is cut off.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import boto3
+import pytest
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+BUCKET = "models"
+
+
+class S3Server:
+    """The endpoint, and the faults that it is to show.
+
+    Attributes:
+        refuse: (method, status, S3 error code) -> how many more requests are refused so.
+        lose_answers: how many more writes are carried out but answered by 500.
+        cut_bodies: how many more bodies of GET end after `cut_share` of their bytes.
+        requests: every (method, path) that came.
+    """
+
+    def __init__(self) -> None:
+        self.refuse: dict[tuple[str, int, str], int] = {}
+        self.lose_answers = self.cut_bodies = 0
+        self.cut_share = 0.5
+        self.requests: list[tuple[str, str]] = []
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._one_at_a_time = threading.Lock()
+        self._server = make_server("127.0.0.1", 0, self._handle, threaded=True)
+        self.url = f"http://127.0.0.1:{self._server.port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    def client(self) -> Any:
+        """A plain boto3 client, to look behind the code under test."""
+        return boto3.session.Session().client("s3", endpoint_url=self.url)  # pyright: ignore
+
+    def stop(self) -> None:
+        """Stop answering."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _handle(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        method = environ["REQUEST_METHOD"]
+        self.requests.append((method, environ["PATH_INFO"]))
+        for (refused, status, code), left in self.refuse.items():
+            if refused == method and left > 0:
+                self.refuse[refused, status, code] -= 1
+                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+                return _error(start_response, status, code)
+        answer: list[Any] = []
+        with self._one_at_a_time:
+            body = b"".join(self._app(environ, lambda *arguments: answer.extend(arguments[:2])))
+        if method == "PUT" and self.lose_answers:
+            self.lose_answers -= 1
+            return _error(start_response, 500, "InternalError")
+        start_response(*answer)
+        if method == "GET" and self.cut_bodies and len(body) > 1:
+            self.cut_bodies -= 1
+            body = body[: int(len(body) * self.cut_share)]
+        return [body]
+
+
+def _error(start_response: Any, status: int, code: str) -> Iterable[bytes]:
+    body = f"<Error><Code>{code}</Code><Message>on purpose</Message></Error>".encode()
+    start_response(f"{status} X", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+    return [body]
+
+
+@pytest.fixture
+def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """A running endpoint with an empty bucket `models`, named by the standard environment variables."""
+    server = S3Server()
+    for name, value in {
+        "AWS_ENDPOINT_URL": server.url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": "/dev/null",
+        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    client = server.client()
+    for bucket in client.list_buckets()["Buckets"]:  # moto keeps its state for the whole process
+        for item in client.list_objects_v2(Bucket=bucket["Name"]).get("Contents", ()):
+            client.delete_object(Bucket=bucket["Name"], Key=item["Key"])
+        client.delete_bucket(Bucket=bucket["Name"])
+    client.create_bucket(Bucket=BUCKET)
+    yield server
+    server.stop()
