@@ -3,32 +3,41 @@
 A step writes into `<output>.partial` and the whole folder is renamed to `<output>` when it is complete, so an output
 either exists and is complete, or does not exist. A resumable step finds its partial folder again after a kill; any
 other step starts from an empty one. `step.json` in the output records what went in, how long it took and how much
-memory it needed.
+memory it needed. Run by the pipeline, a step that fails leaves `<step>.failed.json` beside its output, because neither
+kfp.local nor the Pipelines backend hands on an exit code.
 """
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
+import importlib
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from components.command_line import CommandLine
 from components.config import RunConfig, load_run_config
+from components.lock import exclusive_lock
+from components.parameters import resolve_parameters
 from tuneloop import __version__
 from tuneloop.config import config_digest, resolved_json
-from tuneloop.errors import EXIT_OK, EXIT_TRY_AGAIN, TryAgain, TuneloopError, UserError
+from tuneloop.errors import EXIT_OK, TryAgain, TuneloopError, UserError
 from tuneloop.storage import local_path
 
 Summary = dict[str, float | int | str | bool | None]
+REPEAT_SECONDS = 2.0  # a terminal and a parent process may both pass one Ctrl-C on: that is one request to stop
+FINGERPRINT = "fingerprint"  # in a partial output: what it is being made from
+CHECKPOINTS = "checkpoints"  # in a resumable step's partial output: without it there is nothing worth keeping
+STEP_BEGINS, STEP_ENDS = "==> ", "<== "  # lines that frame a step's output in the pipeline's log
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Step:
         run: `run(config, inputs, output) -> summary`; `inputs` are local paths, `output` is the folder to fill.
         sections: the config sections that decide the result; others may change without a re-run.
         optional_inputs: inputs that may be missing.
-        resumable: the step continues from what it finds in `output` after a kill.
+        resumable: the step continues from what it finds under `checkpoints/` in `output` after a kill.
     """
 
     name: str
@@ -89,24 +98,21 @@ def execute(step: Step, config: RunConfig, inputs: Mapping[str, str], output: st
     target = local_path(output)
     paths = {name: _existing_input(step, name, inputs[name]) for name in step.inputs if inputs.get(name)}
     fingerprint = step_fingerprint(step, config, paths)
-    if target.exists():
-        done = StepResult.read(target)
-        if done.fingerprint != fingerprint:
-            raise UserError(f"{target}: already holds a {done.step} output made from other settings or inputs; "
-                            "choose another --output or remove it")  # fmt: skip
-        print(f"{step.name}: already done, reusing {target}", flush=True)
-        return done
     partial = target.with_name(target.name + ".partial")
     with _exclusive(target), _writable(target):
+        if target.exists():
+            return _finished_before(step, target, fingerprint)
         if not step.resumable or not _continues(partial, fingerprint):
+            if step.resumable and partial.exists():
+                print(f"{step.name}: {partial} was made from other settings or inputs; starting over", flush=True)
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
-        (partial / "fingerprint").write_text(fingerprint)
+        (partial / FINGERPRINT).write_text(fingerprint)
         started = time.perf_counter()
         try:
             summary = step.run(config, paths, partial)
         except BaseException:
-            if not step.resumable:
+            if not step.resumable or not (partial / CHECKPOINTS).is_dir():
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         result = StepResult(
@@ -121,9 +127,18 @@ def execute(step: Step, config: RunConfig, inputs: Mapping[str, str], output: st
         )
         (partial / "config.json").write_text(resolved_json(config))
         (partial / "step.json").write_text(json.dumps(result.__dict__, indent=2) + "\n")
-        (partial / "fingerprint").unlink()
+        (partial / FINGERPRINT).unlink()
         os.replace(partial, target)
     return result
+
+
+def _finished_before(step: Step, target: Path, fingerprint: str) -> StepResult:
+    done = StepResult.read(target)
+    if done.fingerprint != fingerprint:
+        what = f"already holds a {done.step} output made from other settings or inputs"
+        raise UserError(f"{target}: {what}; choose another --output or remove it")
+    print(f"{step.name}: already done, reusing {target}", flush=True)
+    return done
 
 
 def step_fingerprint(step: Step, config: RunConfig, inputs: Mapping[str, Path]) -> str:
@@ -147,7 +162,7 @@ def peak_rss_bytes() -> int:
 
 def main(step: Step, argv: Sequence[str] | None = None) -> int:
     """The command line of `python -m components.<step>`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog=f"python -m components.{step.name}", description=step.run.__doc__)
+    parser = CommandLine(prog=f"python -m components.{step.name}", description=step.run.__doc__)
     parser.add_argument("--config", required=True, help="the run's TOML, or resolved JSON")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
     for name in step.inputs:
@@ -161,28 +176,156 @@ def main(step: Step, argv: Sequence[str] | None = None) -> int:
 def _run_from_command_line(step: Step, arguments: argparse.Namespace) -> None:
     config = load_run_config(arguments.config, tuple(arguments.set))
     result = execute(step, config, {name: getattr(arguments, name) for name in step.inputs}, arguments.output)
-    print(f"{step.name}: done in {result.seconds:.1f} s, peak memory {result.peak_rss_bytes / 1e6:,.0f} MB", flush=True)
+    _print_done(result)
 
 
-def exit_code_of(action: Callable[[], object]) -> int:
-    """Run `action` and turn its outcome into the shared exit codes; our own errors print one line."""
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
+class MetricsSink(Protocol):
+    """Where a pipeline's step reports its numbers; `kfp.dsl.Metrics` is one."""
+
+    def log_metric(self, metric: str, value: float) -> None:
+        """Record one number under its name."""
+        ...
+
+
+def run_in_pipeline(
+    name: str,
+    *,
+    config: str,
+    output_uri: str,
+    inputs: Mapping[str, str] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    metrics: MetricsSink | None = None,
+) -> str:
+    """Run the step `name` as a node of the DAG, into `<output_uri>/<name>`.
+
+    A failure leaves `<output_uri>/<name>.failed.json`: `{"step", "exit_code", "message"}`.
+
+    Args:
+        config: the run's config as JSON.
+        output_uri: the run folder.
+        inputs: the outputs of the steps that this one reads.
+        parameters: pipeline parameters that override the config; see `components.parameters`.
+        metrics: receives the numbers of the step's summary.
+
+    Returns:
+        The URI of the step's output.
+
+    Raises:
+        SystemExit: the step failed, with its exit code.
+    """
+    target = f"{output_uri.rstrip('/')}/{name}"
+
+    def run() -> None:
+        step = importlib.import_module(f"components.{name}.step").STEP
+        result = execute(step, resolve_parameters(config, parameters or {}), inputs or {}, target)
+        _log_metrics(result, metrics)
+        _print_done(result)
+
+    _run_framed(name, output_uri, run)
+    return target
+
+
+def _run_framed(name: str, output_uri: str, action: Callable[[], None]) -> None:
+    """Run a node between the two lines that frame its output, and record its failure beside its output."""
+    print(f"{STEP_BEGINS}{name}", flush=True)
+    failed = Path(local_path(output_uri), f"{name}.failed.json")
+
+    def record(exit_code: int, message: str) -> None:
+        with contextlib.suppress(OSError):  # a full or read-only disk: the line on stderr has to do
+            failed.write_text(json.dumps({"step": name, "exit_code": exit_code, "message": message}) + "\n")
+
+    def start() -> None:
+        failed.unlink(missing_ok=True)
         action()
+
+    exit_code = exit_code_of(start, record)
+    print(f"{STEP_ENDS}{name}", flush=True)
+    if exit_code != EXIT_OK:
+        raise SystemExit(exit_code)
+
+
+def publish_config(check_uri: str, output_uri: str) -> str:
+    """Put the resolved config of a finished check at the top of the run folder, and return it."""
+    text = (local_path(check_uri) / "config.json").read_text()
+    (local_path(output_uri) / "config.json").write_text(text)
+    return text
+
+
+def report_in_pipeline(output_uri: str, metrics: MetricsSink) -> Path:
+    """The pipeline's exit task: build the report of the run folder, as far as the run got, and log its numbers.
+
+    Raises:
+        SystemExit: the report could not be made.
+    """
+    run_folder = local_path(output_uri)
+
+    def build() -> None:
+        from tuneloop.report import build_report, report_metrics
+
+        build_report(run_folder)
+        for metric, value in report_metrics(run_folder).items():
+            metrics.log_metric(metric, value)
+
+    _run_framed("report", output_uri, build)
+    return run_folder / "report"
+
+
+def _log_metrics(result: StepResult, metrics: MetricsSink | None) -> None:
+    if metrics is None:
+        return
+    numbers = {**result.summary, "seconds": result.seconds, "peak_rss_bytes": result.peak_rss_bytes}
+    for metric, value in numbers.items():
+        if isinstance(value, int | float):
+            metrics.log_metric(metric, float(value))
+
+
+def _print_done(result: StepResult) -> None:
+    memory = result.peak_rss_bytes / 1e6
+    print(f"{result.step}: done in {result.seconds:.1f} s, peak memory {memory:,.0f} MB", flush=True)
+
+
+def exit_code_of(action: Callable[[], object], on_failure: Callable[[int, str], None] = lambda *_: None) -> int:
+    """Run `action` and turn its outcome into the shared exit codes; our own errors print one line.
+
+    Args:
+        action: what to run; SIGINT and SIGTERM raise `TryAgain` in it.
+        on_failure: called with the exit code and one line that says why.
+    """
+    try:
+        with stop_on_signals():
+            action()
     except TuneloopError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        on_failure(error.exit_code, str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        print("error: stopped; the same command continues where it can", file=sys.stderr, flush=True)
-        return EXIT_TRY_AGAIN
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        on_failure(1, " ".join(f"{type(error).__name__}: {error}".split()))
         return 1
     return EXIT_OK
 
 
-def _terminate(signum: int, frame: Any) -> None:
-    raise TryAgain("stopped by SIGTERM; the same command continues where it can")
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `TryAgain` inside; a repeat within `REPEAT_SECONDS` is the same request."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread receives signals
+        return
+    asked_at = float("-inf")
+
+    def stop(signum: int, frame: Any) -> None:
+        nonlocal asked_at
+        if time.monotonic() - asked_at < REPEAT_SECONDS:
+            return
+        asked_at = time.monotonic()
+        raise TryAgain(f"stopped by {signal.Signals(signum).name}; the same command continues where it can")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _existing_input(step: Step, name: str, uri: str) -> Path:
@@ -193,7 +336,7 @@ def _existing_input(step: Step, name: str, uri: str) -> Path:
 
 
 def _continues(partial: Path, fingerprint: str) -> bool:
-    mark = partial / "fingerprint"
+    mark = partial / FINGERPRINT
     return mark.exists() and mark.read_text() == fingerprint
 
 
@@ -202,14 +345,9 @@ def _exclusive(target: Path) -> Iterator[None]:
     """Hold the output's lock; the kernel drops it when the process dies."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(target.with_name(f".{target.name}.lock"), "w")
     except OSError as error:
         raise UserError(f"{target}: cannot be made ({error.strerror}); choose another output") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{target}: another run is writing it; wait for it or choose another output") from None
+    with exclusive_lock(target.with_name(f".{target.name}.lock"), holds=str(target)):
         yield
 
 

@@ -1,0 +1,38 @@
+"""The check step: everything that can be known without a GPU is verified before one is asked for."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from components.check.consistency import check_consistency
+from components.check.model import check_model
+from components.check.places import check_places
+from components.check.plan import make_plan
+from components.check.sources import check_rewards, check_sources
+from components.config import RunConfig
+from components.runner import Step, Summary
+
+
+def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
+    """Refuse a run that cannot work: settings that contradict each other, a model, data or reward that is not there,
+    a registry or disk that cannot be written. Writes plan.json, what the run will need."""
+    check_consistency(config)
+    unverified = check_sources(config.data_prep.sources)
+    check_rewards(config)
+    model = check_model(config)
+    plan = make_plan(config, model)
+    free = check_places(config, output, plan["disk_bytes"]["total"])
+    plan = {**plan, "free_disk_bytes": free, "unverified": unverified}
+    (output / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
+    for line in unverified:
+        print(f"check: not verified: {line}", flush=True)
+    return {
+        "parameters": plan["parameters"],
+        "adapter_parameters": plan["adapter_parameters"],
+        "target_modules": plan["target_modules"],
+        "memory_bytes": plan["memory_bytes"]["total"],
+        "disk_bytes": plan["disk_bytes"]["total"],
+    }
+
+
+STEP = Step("check", (), run, sections=tuple(RunConfig.model_fields))

@@ -1,0 +1,23 @@
+"""The evaluate step as a pipeline component."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components.images import BASE_IMAGE
+
+
+@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False, packages_to_install=[])
+def evaluate(
+    config: str, output_uri: str, data: str, warmup: str, training: str, metrics: dsl.Output[dsl.Metrics]
+) -> NamedTuple("Outputs", [("uri", str), ("gate_passed", bool)]):  # type: ignore[valid-type]
+    """Compare base, warm-up, candidate and incumbent on held-out prompts; returns the gate's verdict."""
+    import json
+
+    from components.runner import run_in_pipeline
+    from tuneloop.storage import local_path
+
+    inputs = {"data": data, "warmup": warmup, "training": training}
+    uri = run_in_pipeline("evaluate", config=config, output_uri=output_uri, inputs=inputs, metrics=metrics)
+    evaluation = json.loads((local_path(uri) / "evaluation.json").read_text())
+    return (uri, evaluation["gate"]["passed"])  # type: ignore[return-value]

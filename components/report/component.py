@@ -1,0 +1,23 @@
+"""The report as the pipeline's exit task: it runs whatever happened before."""
+
+from kfp import dsl
+
+from components.images import BASE_IMAGE
+
+
+@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False, packages_to_install=[])
+def report(
+    output_uri: str,
+    metrics: dsl.Output[dsl.Metrics],
+    page: dsl.Output[dsl.HTML],
+    model_card: dsl.Output[dsl.Markdown],
+) -> str:
+    """Write the run's report and model card; returns the URI of the report."""
+    import shutil
+
+    from components.runner import report_in_pipeline
+
+    folder = report_in_pipeline(output_uri, metrics=metrics)
+    shutil.copyfile(folder / "report.html", page.path)
+    shutil.copyfile(folder / "model_card.md", model_card.path)
+    return str(folder)

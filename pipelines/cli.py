@@ -1,0 +1,146 @@
+"""The command line: `python -m pipelines run | report | compile | config | registry`.
+
+Imports of torch and kfp stay inside the commands that need them, so that help and validation are quick.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from components.command_line import CommandLine
+from tuneloop.errors import TryAgain, TuneloopError, UserError
+
+STEP_NAMES = ("check", "data_prep", "sft_warmup", "lora_rl", "merge_adapter", "evaluate", "promote")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: as in `tuneloop.errors`, 3 when the gate said no."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser(with_registry=argv[:1] == ["registry"]).parse_args(argv)
+    from components.runner import exit_code_of
+
+    code = 0
+
+    def action() -> None:
+        nonlocal code
+        code = arguments.command(arguments) or 0
+
+    return exit_code_of(action) or code
+
+
+def _parser(with_registry: bool) -> CommandLine:
+    parser = CommandLine(prog="python -m pipelines", description="Train a LoRA adapter, prove it better, promote it.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_run(commands)
+    report = commands.add_parser("report", help="write the report of a run again")
+    report.add_argument("run", metavar="RUN", help="a run folder, or its name under --output")
+    report.add_argument("--output", default="runs", metavar="FOLDER", help="the folder of all runs (default: runs)")
+    report.set_defaults(command=_report)
+    compile_ = commands.add_parser("compile", help="write the pipeline's YAML, pipelines/compiled/post_training.yaml")
+    compile_.add_argument("--check", action="store_true", help="compare with the checked-in YAML, write nothing")
+    compile_.set_defaults(command=_compile)
+    config = commands.add_parser("config", help="print a config with every default filled in")
+    source = config.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", metavar="FILE", help="TOML, or resolved JSON")
+    source.add_argument("--schema", action="store_true", help="print the JSON schema of a config instead")
+    _add_set(config)
+    config.set_defaults(command=_config)
+    if with_registry:
+        from pipelines import registry_cli
+
+        registry_cli.add_parser(commands)
+    else:
+        commands.add_parser("registry", help="list, show, promote and roll back adapter versions")
+    return parser
+
+
+def _add_run(commands: "argparse._SubParsersAction[CommandLine]") -> None:
+    run = commands.add_parser("run", help="run the whole pipeline on this machine, or continue a run")
+    what = run.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="FILE", help="TOML, or resolved JSON: start a new run")
+    what.add_argument("--resume", metavar="RUN", help="continue a run: its folder, or its name under --output")
+    _add_set(run)
+    run.add_argument("--output", default="runs", metavar="FOLDER", help="the folder of all runs (default: runs)")
+    run.add_argument("--run", metavar="NAME", help="name of the new run (default: <config>-<UTC time>-<digest>)")
+    run.add_argument(
+        "--from", dest="start", choices=STEP_NAMES, metavar="STEP",
+        help=f"with --resume: run this step and all later ones again ({', '.join(STEP_NAMES)})",
+    )  # fmt: skip
+    run.set_defaults(command=_run)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from components.config import load_run_config
+    from pipelines import runs
+
+    if arguments.resume:
+        if arguments.run:
+            raise UserError(f"--run {arguments.run}: names a new run, and --resume continues one; drop one of the two")
+        folder = runs.find_run(arguments.resume, arguments.output)
+        with runs.run_lock(folder):
+            config = runs.resume_config(folder, tuple(arguments.set), arguments.start)
+            for path in runs.clear(folder, arguments.start, config):
+                print(f"removed {path}", flush=True)
+            return _run_pipeline(config, folder)
+    if arguments.start:
+        raise UserError(f"--from {arguments.start}: works on an existing run; add --resume RUN")
+    config = load_run_config(arguments.config, tuple(arguments.set))
+    folder = runs.create_run(config, arguments.output, arguments.run)
+    with runs.run_lock(folder):
+        return _run_pipeline(config, folder)
+
+
+def _run_pipeline(config, folder: Path) -> int:
+    print(f"run: {folder}", flush=True)
+    again = f"python -m pipelines run --resume {shlex.quote(str(folder))}"
+    from pipelines.local import run_locally
+    from pipelines.summary import exit_code, report_line, summary
+
+    try:
+        run_locally(config, folder)
+    except TryAgain as error:
+        raise TryAgain(f"{error}; continue with: {again}") from None
+    except TuneloopError:
+        if (folder / "report" / "report.html").exists():
+            print(report_line(folder))
+        print(f"once the cause is gone, continue with: {again}", flush=True)
+        raise
+    print(summary(folder), flush=True)
+    return exit_code(folder)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from pipelines.runs import find_run
+    from pipelines.summary import report_line
+    from tuneloop.report import build_report
+
+    folder = find_run(arguments.run, arguments.output)
+    build_report(folder)
+    print(report_line(folder))
+
+
+def _compile(arguments: argparse.Namespace) -> None:
+    from pipelines import compile as compiling
+
+    if arguments.check:
+        compiling.check_compiled()
+        print(f"{compiling.COMPILED}: up to date")
+    else:
+        print(f"wrote {compiling.compile_pipeline()}")
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    from components.config import RunConfig, load_run_config
+    from tuneloop.config import resolved_json
+
+    if arguments.schema:
+        print(json.dumps(RunConfig.model_json_schema(), indent=2, sort_keys=True))
+    else:
+        print(resolved_json(load_run_config(arguments.config, tuple(arguments.set))), end="")

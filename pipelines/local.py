@@ -1,0 +1,137 @@
+"""The whole DAG on this machine: kfp.local runs the pipeline object itself, every step in a process of its own."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from components.config import RunConfig
+from pipelines.step_log import StepLog
+from tuneloop.config import resolved_json
+from tuneloop.errors import TryAgain, TuneloopError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_SHELLS = ("sh", "bash", "dash")  # kfp wraps every step in one
+
+
+class StepFailed(TuneloopError):
+    """A step of the run ended with an exit code other than 0."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_locally(config: RunConfig, run_folder: Path) -> None:
+    """Run the pipeline into `run_folder`; finished steps found there are not repeated.
+
+    Raises:
+        StepFailed: with the failing step's exit code.
+        TryAgain: stopped by SIGINT or SIGTERM, after the running step has saved its state.
+    """
+    log = StepLog(sys.stdout)
+    for failed in run_folder.glob("*.failed.json"):  # of an earlier attempt
+        failed.unlink()
+    with tempfile.TemporaryDirectory(prefix="tuneloop-", ignore_cleanup_errors=True) as scratch, _Stop() as stop:
+        try:
+            with _environment(scratch), contextlib.redirect_stdout(log), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # kfp: an image without "python" in its name; nothing runs in it here
+                _run_pipeline(config, run_folder, scratch)
+        except KeyboardInterrupt:
+            raise TryAgain("stopped before the next step began") from None
+        except RuntimeError as error:
+            if stop.asked:
+                raise TryAgain("stopped; what the running step had saved is kept") from None
+            raise _failure(run_folder, log, error) from None
+
+
+def _run_pipeline(config: RunConfig, run_folder: Path, scratch: str) -> None:
+    from kfp import local
+
+    from pipelines.post_training import post_training
+
+    local.init(
+        runner=local.SubprocessRunner(use_venv=False),
+        pipeline_root=f"{scratch}/root",
+        workspace_root=f"{scratch}/workspace",
+        raise_on_error=True,
+    )
+    post_training(config=resolved_json(config), output_uri=str(run_folder.resolve()))
+
+
+@contextlib.contextmanager
+def _environment(scratch: str) -> Iterator[None]:
+    """Steps find our packages, print without delay, and put temporary files where we remove them."""
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    wanted = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TMPDIR": scratch}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _failure(run_folder: Path, log: StepLog, error: RuntimeError) -> TuneloopError:
+    for file in sorted(run_folder.glob("*.failed.json"), key=lambda path: path.stat().st_mtime):
+        failed = json.loads(file.read_text())
+        bug = "" if failed["exit_code"] in (2, 3, 75) else " (its traceback is in the log above)"
+        return StepFailed(f"{failed['step']}: {failed['message']}{bug}", failed["exit_code"])
+    if killed := log.killed or log.step:
+        return StepFailed(f"{killed}: was killed, most likely for lack of memory; what it had saved is kept", 1)
+    sys.stdout.write(log.hidden() + "\n")
+    return StepFailed(f"a step could not start: {error}; the log is above", 1)
+
+
+class _Stop:
+    """Passes SIGINT and SIGTERM on to the running step and lets it save; the second one kills it."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._terminal: TextIO = sys.stdout  # not the log, which hides what is not a step's
+
+    def __enter__(self) -> "_Stop":
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.asked += 1
+        running = _running_steps(os.getpid())
+        if not running:
+            raise KeyboardInterrupt
+        if self.asked == 1:
+            self._terminal.write("stopping: the running step saves its state; once more kills it\n")
+            self._terminal.flush()
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM if self.asked == 1 else signal.SIGKILL)
+
+
+def _running_steps(parent: int) -> list[int]:
+    """The step processes below `parent`: its children, and in place of a shell that has children, those."""
+    found = []
+    for child in _children(parent):
+        command = Path(f"/proc/{child}/comm").read_text().strip() if Path(f"/proc/{child}").exists() else ""
+        below = _running_steps(child) if command in _SHELLS else []
+        found += below or [child]
+    return found
+
+
+def _children(parent: int) -> list[int]:
+    children = []
+    for task in Path(f"/proc/{parent}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            children += [int(child) for child in task.read_text().split()]
+    return children

@@ -1,0 +1,68 @@
+"""The DAG: check, data, warm-up, reinforcement learning, merge, evaluation, promotion; a report whatever happens.
+
+This is the one definition; the laptop's runner, the compiled YAML and the clusters all use it.
+"""
+
+from typing import Any
+
+from kfp import dsl
+
+from components.check.component import check
+from components.data_prep.component import data_prep
+from components.evaluate.component import evaluate
+from components.lora_rl.component import lora_rl
+from components.merge_adapter.component import merge_adapter
+from components.promote.component import promote
+from components.report.component import report
+from components.sft_warmup.component import sft_warmup
+
+
+def _task(component: Any, **arguments: Any) -> dsl.PipelineTask:
+    """A task without the backend's cache, which looks neither at our code nor behind a URI; steps have their own."""
+    return component(**arguments).set_caching_options(False)
+
+
+@dsl.pipeline(name="tuneloop-post-training", description="A LoRA adapter proven better than the one in production.")
+def post_training(
+    config: str,
+    output_uri: str,
+    base_model: str = "",
+    dataset_uri: str = "",
+    updates: int = 0,
+    lora_rank: int = 0,
+    learning_rate: float = 0.0,
+    adapter_name: str = "",
+):
+    """Train an adapter, prove it, promote it.
+
+    Args:
+        config: the run's config as JSON.
+        output_uri: the run folder.
+        base_model: model.uri; as in the config when empty, like every parameter below at its default.
+        dataset_uri: the first data source's uri.
+        updates: lora_rl.updates.
+        lora_rank: lora.rank.
+        learning_rate: lora_rl.optimizer.learning_rate.
+        adapter_name: promote.adapter_name.
+    """
+    with dsl.ExitHandler(exit_task=_task(report, output_uri=output_uri), name="post-training"):
+        checked = _task(
+            check,
+            config=config,
+            base_model=base_model,
+            dataset_uri=dataset_uri,
+            output_uri=output_uri,
+            updates=updates,
+            lora_rank=lora_rank,
+            learning_rate=learning_rate,
+            adapter_name=adapter_name,
+        )
+        run = {"config": checked.outputs["config"], "output_uri": output_uri}
+        data = _task(data_prep, **run).outputs["Output"]
+        warmup = _task(sft_warmup, data=data, **run).outputs["Output"]
+        training = _task(lora_rl, data=data, warmup=warmup, **run).outputs["Output"]
+        merging = _task(merge_adapter, training=training, data=data, warmup=warmup, **run)
+        evaluation = _task(evaluate, data=data, warmup=warmup, training=training, **run).after(merging)
+        with dsl.If(evaluation.outputs["gate_passed"] == True, name="gate-passed"):  # noqa: E712 - builds a condition
+            evidence = {"evaluation": evaluation.outputs["uri"], "data": data, "merge": merging.outputs["Output"]}
+            _task(promote, training=training, **evidence, **run)

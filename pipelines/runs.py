@@ -1,0 +1,158 @@
+"""Run folders: making one, finding one again, and what of it a changed config or `--from` leaves valid."""
+
+import contextlib
+import importlib
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from components.config import RunConfig, load_run_config
+from components.lock import exclusive_lock
+from components.runner import FINGERPRINT, Step, StepResult, step_fingerprint
+from tuneloop.config import apply_overrides, config_digest, parse_config, read_config_file, resolved_json
+from tuneloop.errors import UserError
+from tuneloop.storage import local_path
+
+# Every step in the order of the DAG, and which step's output each of its inputs is.
+STEPS: dict[str, dict[str, str]] = {
+    "check": {},
+    "data_prep": {},
+    "sft_warmup": {"data": "data_prep"},
+    "lora_rl": {"data": "data_prep", "warmup": "sft_warmup"},
+    "merge_adapter": {"training": "lora_rl", "data": "data_prep", "warmup": "sft_warmup"},
+    "evaluate": {"data": "data_prep", "warmup": "sft_warmup", "training": "lora_rl"},
+    "promote": {"training": "lora_rl", "evaluation": "evaluate", "data": "data_prep", "merge": "merge_adapter"},
+}
+
+
+def create_run(config: RunConfig, output: str, name: str | None = None) -> Path:
+    """Make a new run folder with its `config.json`.
+
+    Args:
+        output: the folder of all runs.
+        name: the run's name; None for `<config name>-<UTC time>-<config digest>`, made unique.
+
+    Raises:
+        UserError: the name is taken or no folder name, or `output` cannot be written.
+    """
+    runs = local_path(output)
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+        raise UserError(
+            f"--run {name!r}: use letters, digits, '.', '_' and '-' only, and start with one of the first two"
+        )
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    wanted = name or f"{config.name}-{stamp}-{config_digest(config)[:6]}"
+    try:
+        folder = _make_folder(runs, wanted, unique=name is None)
+        (folder / "config.json").write_text(resolved_json(config))
+    except FileExistsError:
+        raise UserError(
+            f"{runs / wanted}: exists; continue it with --resume {runs / wanted}, or name another"
+        ) from None
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror}); choose another folder") from None
+    return folder
+
+
+def _make_folder(runs: Path, wanted: str, unique: bool) -> Path:
+    runs.mkdir(parents=True, exist_ok=True)
+    folder, number = runs / wanted, 1
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            if not unique:
+                raise
+            number += 1
+            folder = runs / f"{wanted}-{number}"
+
+
+def find_run(run: str, output: str) -> Path:
+    """The folder of a run that is named by its path, or by its name under `output`.
+
+    Raises:
+        UserError: there is none.
+    """
+    for folder in (local_path(run), local_path(output) / run):
+        if (folder / "config.json").is_file():
+            return folder
+    known = sorted(path.parent.name for path in local_path(output).glob("*/config.json"))
+    hint = f"runs in {output}: {', '.join(known[-3:])}" if known else f"{output} holds no runs"
+    raise UserError(f"{run}: no such run; {hint}")
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Be the only process that runs the pipeline into `folder`.
+
+    Raises:
+        UserError: another one is at it.
+    """
+    with exclusive_lock(folder / ".lock", holds=str(folder)):
+        yield
+
+
+def resume_config(folder: Path, overrides: tuple[str, ...], start: str | None) -> RunConfig:
+    """The config that a run goes on with; nothing is written yet.
+
+    Args:
+        overrides: `section.key=value` on top of the config that the run was started with.
+        start: the first step that is to run again; None: the first one that is not finished.
+
+    Raises:
+        UserError: the config is refused, or it would change what an earlier step made.
+    """
+    path = folder / "config.json"
+    if not overrides:
+        return load_run_config(path)
+    config = parse_config(RunConfig, apply_overrides(read_config_file(path), overrides), origin=f"{path} and --set")
+    kept = _before(start)
+    changed = [name for name in kept if name != "check" and _made_from_other_settings(folder, name, config)]
+    if changed:
+        raise UserError(
+            f"--set {' '.join(overrides)} changes what {changed[0]} has made in {folder}; "
+            f"add --from {changed[0]} to run it again, or start a new run"
+        )
+    return config
+
+
+def _before(start: str | None) -> list[str]:
+    names = list(STEPS)
+    return names[: names.index(start)] if start else names
+
+
+def _made_from_other_settings(folder: Path, name: str, config: RunConfig) -> bool:
+    mark = folder / f"{name}.partial" / FINGERPRINT
+    if (folder / name).exists():
+        made_from = StepResult.read(folder / name).fingerprint
+    elif mark.exists():
+        made_from = mark.read_text()
+    else:
+        return False
+    step: Step = importlib.import_module(f"components.{name}.step").STEP
+    inputs = {key: folder / source for key, source in STEPS[name].items() if (folder / source).exists()}
+    return made_from != step_fingerprint(step, config, inputs)
+
+
+def clear(folder: Path, start: str | None, config: RunConfig) -> list[Path]:
+    """Write the config that the run goes on with, and remove what is to be made again.
+
+    That is everything from the step `start` on, the report, and the check when the config has changed.
+
+    Returns:
+        The paths that were removed.
+    """
+    resolved = resolved_json(config)
+    again = list(STEPS)[list(STEPS).index(start) :] if start else []
+    if (folder / "config.json").read_text() != resolved:
+        again = ["check", *again]
+        (folder / "config.json").write_text(resolved)
+    parts = [f"{name}{suffix}" for name in dict.fromkeys(again) for suffix in ("", ".partial", ".failed.json")]
+    removed = [folder / part for part in [*parts, *(["report", "report.json"] if start else [])]]
+    removed = [path for path in removed if path.exists()]
+    for path in removed:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return removed

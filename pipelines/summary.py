@@ -1,0 +1,43 @@
+"""What a person wants to know when a run has ended: accuracies, the gate's reason, where things are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tuneloop.errors import EXIT_GATE_REFUSED, EXIT_OK
+
+MODELS = ("base", "sft", "candidate", "incumbent")
+
+
+def summary(folder: Path) -> str:
+    """The end of a complete run, as a few lines of text."""
+    evaluation = _read(folder / "evaluate" / "evaluation.json")
+    lines = [f"{'model':<12}{'accuracy':>9}   95 % interval"]
+    for name in MODELS:
+        if name in evaluation["models"]:
+            accuracy = evaluation["models"][name]["accuracy"]
+            low, high = accuracy["ci95"]
+            lines.append(f"{name:<12}{accuracy['value']:>9.1%}   {low:.1%} to {high:.1%} of {accuracy['n']} prompts")
+    gate = evaluation["gate"]
+    lines.append(f"gate: {'passed' if gate['passed'] else 'not passed'}: {gate['reason']}")
+    if gate["passed"]:
+        promotion = _read(folder / "promote" / "promotion.json")
+        named = f"{promotion['adapter_name']} version {promotion['version']}"
+        lines.append(f"promoted: {named} is now {promotion['alias']}")
+    lines.append(f"adapter: {folder / 'lora_rl' / 'adapter'}")
+    return "\n".join([*lines, report_line(folder)])
+
+
+def report_line(folder: Path) -> str:
+    """Where the report is."""
+    return f"report: {folder / 'report' / 'report.html'}"
+
+
+def exit_code(folder: Path) -> int:
+    """0 when the run promoted, 3 when the gate said no."""
+    passed = _read(folder / "evaluate" / "evaluation.json")["gate"]["passed"]
+    return EXIT_OK if passed else EXIT_GATE_REFUSED
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
