@@ -1,28 +1,12 @@
-"""Settings of the evaluate step and of the gate."""
+"""Settings of the evaluate step; the gate's are in `tuneloop/evaluation/settings.py`."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tuneloop.config import StrictModel
+from tuneloop.evaluation.settings import GateSettings
 from tuneloop.settings import PositiveInt, SamplingSettings
-
-
-class GuardSettings(StrictModel):
-    """A metric that must not get worse than the reference model's by more than `max_drop`."""
-
-    metric: str = Field(min_length=1)  # a reward's name, "completion_tokens" or "truncated_share"
-    max_drop: Annotated[float, Field(ge=0.0)] = 0.02
-    max_rise: Annotated[float, Field(ge=0.0)] | None = None
-
-
-class GateSettings(StrictModel):
-    """The candidate is promoted only if it beats base and incumbent on the primary metric, and no guard falls."""
-
-    primary: Literal["accuracy", "pass_at_1"] = "accuracy"
-    significance: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01  # p-value of the exact paired test, one-sided
-    margin: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # the difference must be larger than this
-    guards: tuple[GuardSettings, ...] = ()
 
 
 class EvaluateConfig(StrictModel):
@@ -36,3 +20,11 @@ class EvaluateConfig(StrictModel):
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     max_sequences: PositiveInt = 512  # decoded at once
     gate: GateSettings = GateSettings()
+
+    @model_validator(mode="after")
+    def _counts_fit_each_other(self) -> "EvaluateConfig":
+        if max(self.pass_k, default=1) > self.samples:
+            raise ValueError(f"pass_k holds {max(self.pass_k)}, but only samples = {self.samples} are drawn")
+        if self.min_prompts > self.prompts:
+            raise ValueError(f"min_prompts = {self.min_prompts} exceeds prompts = {self.prompts}: no run could pass")
+        return self
