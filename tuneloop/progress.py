@@ -7,7 +7,7 @@ from typing import TextIO
 
 
 class Progress:
-    """Counts towards a total. Use as a context manager.
+    """Counts towards a total (0: nobody knows it). Use as a context manager.
 
     On a terminal the line is redrawn in place; elsewhere a line is printed at most every `every` seconds.
     """
@@ -32,17 +32,19 @@ class Progress:
         """Record `count` more done; `note` is shown behind (a loss, a reward)."""
         self.done += count
         now = time.monotonic()
-        if now - self._last < self._every and self.done < self.total:
+        if now - self._last < self._every and (self.done < self.total or not self.total):
             return
         self._last = now
         elapsed, made = now - self._started, self.done - self._start_done
         left = elapsed / made * (self.total - self.done) if made else 0.0
         share = self.done / self.total if self.total else 1.0
-        text = f"{self.label} {self.done}/{self.total}"
+        counted = f"{self.done}/{self.total}" if self.total else f"{self.done}"
+        text = f"{self.label} {counted}"
         if self._terminal:
-            filled = int(share * 24)
-            text = f"\r{self.label} [{'█' * filled}{'·' * (24 - filled)}] {self.done}/{self.total}"
-        text += f"  {_clock(elapsed)} gone, {_clock(left)} left" + (f"  {note}" if note else "")
+            filled = int(share * 24) if self.total else 0
+            text = f"\r{self.label} [{'█' * filled}{'·' * (24 - filled)}] {counted}"
+        text += f"  {_clock(elapsed)} gone" + (f", {_clock(left)} left" if self.total else "")
+        text += f"  {note}" if note else ""
         self._stream.write(text + ("\x1b[K" if self._terminal else "\n"))
         self._stream.flush()
 
