@@ -9,6 +9,7 @@ kfp.local nor the Pipelines backend hands on an exit code.
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import importlib
 import json
@@ -357,6 +358,6 @@ def _writable(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (28, 30, 122):  # ENOSPC, EROFS, EDQUOT
+        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG):
             raise UserError(f"{target}: {os.strerror(error.errno)}; free space or choose another output") from error
         raise

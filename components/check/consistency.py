@@ -2,6 +2,7 @@
 
 from components.config import RunConfig
 from tuneloop.errors import UserError
+from tuneloop.evaluation.settings import COST_METRICS
 
 
 def check_consistency(config: RunConfig) -> None:
@@ -11,7 +12,7 @@ def check_consistency(config: RunConfig) -> None:
         UserError: two settings cannot both hold.
     """
     _check_lengths(config)
-    _check_evaluation(config)
+    _check_guards(config)
     _check_reward_kinds(config)
     _check_held_out_rows(config)
 
@@ -31,20 +32,9 @@ def _check_lengths(config: RunConfig) -> None:
             )
 
 
-def _check_evaluation(config: RunConfig) -> None:
-    evaluate = config.evaluate
-    if evaluate.min_prompts > evaluate.prompts:
-        raise UserError(
-            f"evaluate.min_prompts = {evaluate.min_prompts} exceeds evaluate.prompts = {evaluate.prompts}: "
-            "no evaluation could have enough prompts; lower one or raise the other"
-        )
-    if max(evaluate.pass_k, default=1) > evaluate.samples:
-        raise UserError(
-            f"evaluate.pass_k = {list(evaluate.pass_k)} needs at least {max(evaluate.pass_k)} samples, and "
-            f"evaluate.samples = {evaluate.samples}: raise evaluate.samples"
-        )
-    known = {*(reward.name for reward in config.task.rewards), "completion_tokens", "truncated_share"}
-    for guard in evaluate.gate.guards:
+def _check_guards(config: RunConfig) -> None:
+    known = {*(reward.name for reward in config.task.rewards), *COST_METRICS}
+    for guard in config.evaluate.gate.guards:
         if guard.metric not in known:
             raise UserError(
                 f"evaluate.gate.guards: {guard.metric!r} is not measured; known: {', '.join(sorted(known))}"

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 from components.config import RunConfig
 from components.data_prep.config import SourceSettings
+from components.data_prep.step import make_source
 from tuneloop.errors import UserError
 from tuneloop.rewards.base import build_scorer
+from tuneloop.settings import TaskSettings
 from tuneloop.storage import local_path, open_storage, storage_for
 
 
-def check_sources(sources: Sequence[SourceSettings]) -> list[str]:
+def check_sources(sources: Sequence[SourceSettings], task: TaskSettings) -> list[str]:
     """See that every source can be read.
 
     Returns:
@@ -23,7 +25,7 @@ def check_sources(sources: Sequence[SourceSettings]) -> list[str]:
     for number, source in enumerate(sources):
         where = f"data_prep.sources.{number}"
         if source.kind == "reasoning_gym":
-            _check_reasoning_gym(where, source)
+            make_source(source, task)
         elif source.kind == "huggingface" and not local_path(source.uri).exists():
             unverified.append(f"{where}: {source.uri} is fetched from the hub by data_prep")
         else:
@@ -38,25 +40,6 @@ def check_rewards(config: RunConfig) -> None:
         UserError: a regular expression that does not compile, a function that cannot be imported, a missing package.
     """
     build_scorer(config.task.rewards)
-
-
-def _check_reasoning_gym(where: str, source: SourceSettings) -> None:
-    try:
-        from reasoning_gym.factory import DATASETS
-    except ModuleNotFoundError:
-        raise UserError(f"{where}: needs the package reasoning-gym; install tuneloop[train]") from None
-    if source.task not in DATASETS:
-        import difflib
-
-        close = difflib.get_close_matches(source.task, DATASETS, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else "see reasoning-gym's gallery for the names"
-        raise UserError(f"{where}.task: reasoning-gym has no data set {source.task!r}; {hint}")
-    try:
-        options = DATASETS[source.task][1](**source.options, size=source.size, seed=source.seed)
-        if hasattr(options, "validate"):
-            options.validate()
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"{where}.options: refused by reasoning-gym's {source.task} ({error}); change them") from None
 
 
 def _check_stored(where: str, uri: str) -> None:

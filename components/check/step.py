@@ -17,7 +17,7 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     """Refuse a run that cannot work: settings that contradict each other, a model, data or reward that is not there,
     a registry or disk that cannot be written. Writes plan.json, what the run will need."""
     check_consistency(config)
-    unverified = check_sources(config.data_prep.sources)
+    unverified = check_sources(config.data_prep.sources, config.task)
     check_rewards(config)
     model = check_model(config)
     plan = make_plan(config, model)
