@@ -4,8 +4,10 @@ moto checks a condition and then stores, in two moves; S3 promises one. Requests
 Faults can be put in front: a status for the next requests of a method, an answer that is lost, a body that is cut off.
 """
 
+import functools
 import threading
-from collections.abc import Iterable, Iterator
+import urllib.request
+from collections.abc import Iterable
 from typing import Any
 
 import boto3
@@ -27,26 +29,23 @@ class S3Server:
     """
 
     def __init__(self) -> None:
-        self.refuse: dict[tuple[str, int, str], int] = {}
-        self.lose_answers = self.cut_bodies = 0
-        self.cut_share = 0.5
-        self.requests: list[tuple[str, str]] = []
+        self.reset()
         self._app = DomainDispatcherApplication(create_backend_app)
         self._one_at_a_time = threading.Lock()
         self._server = make_server("127.0.0.1", 0, self._handle, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def client(self) -> Any:
         """A plain boto3 client, to look behind the code under test."""
         return boto3.session.Session().client("s3", endpoint_url=self.url)  # pyright: ignore
 
-    def stop(self) -> None:
-        """Stop answering."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def reset(self) -> None:
+        """Show no faults, and forget the requests."""
+        self.refuse: dict[tuple[str, int, str], int] = {}
+        self.lose_answers = self.cut_bodies = 0
+        self.cut_share = 0.5
+        self.requests: list[tuple[str, str]] = []
 
     def _handle(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         method = environ["REQUEST_METHOD"]
@@ -75,10 +74,16 @@ def _error(start_response: Any, status: int, code: str) -> Iterable[bytes]:
     return [body]
 
 
+@functools.cache
+def _server() -> S3Server:
+    return S3Server()  # one a process: starting it takes longer than most tests
+
+
 @pytest.fixture
-def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+def s3_server(monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """A running endpoint with an empty bucket `models`, named by the standard environment variables."""
-    server = S3Server()
+    server = _server()
+    server.reset()
     for name, value in {
         "AWS_ENDPOINT_URL": server.url,
         "AWS_ACCESS_KEY_ID": "test",
@@ -90,11 +95,6 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
-    client = server.client()
-    for bucket in client.list_buckets()["Buckets"]:  # moto keeps its state for the whole process
-        for item in client.list_objects_v2(Bucket=bucket["Name"]).get("Contents", ()):
-            client.delete_object(Bucket=bucket["Name"], Key=item["Key"])
-        client.delete_bucket(Bucket=bucket["Name"])
-    client.create_bucket(Bucket=BUCKET)
-    yield server
-    server.stop()
+    urllib.request.urlopen(urllib.request.Request(f"{server.url}/moto-api/reset", method="POST")).close()
+    urllib.request.urlopen(urllib.request.Request(f"{server.url}/{BUCKET}", method="PUT")).close()
+    return server

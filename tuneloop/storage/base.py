@@ -110,10 +110,7 @@ class Storage(Protocol):
         Returns:
             relative path -> sha256 (hex).
         """
-        if not local.is_dir():
-            raise UserError(f"{local}: no such folder, so there is nothing to store")
-        paths = sorted(path for path in local.rglob("*") if path.is_file() and not _RESERVED.fullmatch(path.name))
-        names = [path.relative_to(local).as_posix() for path in paths]
+        names = files_below(local)
         with ThreadPoolExecutor(PARALLEL_FILES) as pool:
             digests = pool.map(lambda name: self.put_file(local / name, join_key(key, name)), names)
             return dict(zip(names, digests, strict=True))
@@ -209,6 +206,18 @@ def check_key(key: str) -> str:
     if any(_RESERVED.fullmatch(part) for part in parts):
         raise UserError(f"{key!r}: the names .lock, .*.sha256 and .tmp-* are reserved; choose another")
     return key
+
+
+def files_below(folder: Path) -> list[str]:
+    """The relative paths of a local folder's files that `put_tree` stores, sorted.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder, so there is nothing to store")
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in files if not any(map(_RESERVED.fullmatch, path.parts)))
 
 
 def is_reserved(name: str) -> bool:

@@ -96,8 +96,10 @@ class S3Storage(Storage):
             return replace_file(source, local)
 
     def exists(self, key: str) -> bool:
+        # Asked by a listing: unlike the 404 of a HEAD, it tells a missing object from a missing bucket.
         with _clear_errors(join_uri(self.uri, key)):
-            return self._head(key) is not None
+            page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(key), MaxKeys=1)
+        return any(item["Key"] == self._key(key) for item in page.get("Contents", ()))
 
     def delete(self, key: str) -> None:
         with _clear_errors(join_uri(self.uri, key)):
