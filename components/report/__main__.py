@@ -1,0 +1,3 @@
+from components.report.step import main
+
+raise SystemExit(main())

@@ -1,0 +1,33 @@
+"""The report step: unlike the others it runs after a failure too, and replaces what it wrote before."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from components.command_line import CommandLine
+from components.runner import exit_code_of
+from tuneloop.storage import local_path
+
+
+def run(run_folder: Path, error: str = "") -> None:
+    """Write the report of a run, as far as the run got.
+
+    Args:
+        run_folder: holds the folders of the steps.
+        error: why the run ended, when nothing in the folder tells.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    from tuneloop.report import build_report
+
+    files = build_report(run_folder, error)
+    print(f"report: {files.html}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of `python -m components.report`; returns the exit code."""
+    parser = CommandLine(prog="python -m components.report", description=run.__doc__)
+    parser.add_argument("--run", required=True, metavar="URI", help="the run folder")
+    parser.add_argument("--error", default="", metavar="TEXT", help="why the run ended, when nothing in it tells")
+    arguments = parser.parse_args(argv)
+    return exit_code_of(lambda: run(local_path(arguments.run), arguments.error))
