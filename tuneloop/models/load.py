@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tuneloop.errors import UserError
 from tuneloop.models import attention
+from tuneloop.models.quiet import no_progress_bars
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -23,9 +24,10 @@ def load_model(folder: Path, dtype: str, device: torch.device | str | None = Non
         UserError: the folder holds no causal language model that transformers can load, or it was damaged.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], attn_implementation=attention.IMPLEMENTATION, local_files_only=True
-        )
+        with no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=DTYPES[dtype], attn_implementation=attention.IMPLEMENTATION, local_files_only=True
+            )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: cannot be loaded as a causal language model ({error})") from None
     return model.to(device or default_device()).eval().requires_grad_(False)
