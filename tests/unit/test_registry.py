@@ -156,7 +156,7 @@ def _register_and_die(uri: str, tmp_path: Path, content: str, puts: int) -> None
     register(registry, tmp_path, content)
 
 
-@pytest.mark.parametrize("puts", [0, 1, 2, 3])  # claim, two files, version.json
+@pytest.mark.parametrize("puts", range(5))  # claim, its proof, two files, version.json
 def test_a_killed_registration_is_invisible_and_blocks_nobody(local, tmp_path, puts):
     register(local, tmp_path, "a")
     context = multiprocessing.get_context("fork")
@@ -173,6 +173,14 @@ def test_a_killed_registration_is_invisible_and_blocks_nobody(local, tmp_path, p
     assert again.version == (3 if puts == 0 else 2)
     assert again.fetch_adapter(tmp_path / "b").is_dir()
     assert register(local, tmp_path, "d").version == 4
+
+
+def test_a_server_that_ignores_conditions_is_refused(s3_server, tmp_path):  # noqa: F811
+    s3_server.ignore_conditions = True
+    registry = Registry(f"s3://{BUCKET}/registry")
+    with pytest.raises(UserError, match="ignores If-None-Match"):
+        register(registry, tmp_path, "a")
+    assert registry.names() == []
 
 
 def test_unknown_names_say_what_there_is(registry, tmp_path):

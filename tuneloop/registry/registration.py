@@ -69,14 +69,23 @@ def _claim_of(storage: Storage, adapter_name: str, number: int) -> dict[str, Any
 
 
 def _claim(storage: Storage, adapter_name: str, first: int, claim: Mapping[str, Any]) -> int:
-    """Take the first number that is free, or that a concurrent upload of the same files has taken."""
+    """Take the first number that is free, or that a concurrent upload of the same files has taken.
+
+    Raises:
+        UserError: the storage ignores the condition of a write, so nothing in it is safe from another run.
+    """
     data = to_json({**claim, "claimed_at": now(), "claimed_by": who()})
-    number = first
+    number, taken = first, False
     while True:
         try:
             storage.write_bytes(f"{version_key(adapter_name, number)}/claim.json", data, if_version=ABSENT)
-            return number
+            if taken:
+                raise UserError(f"{storage.uri}: the server ignores If-None-Match on PUT, so two runs could overwrite "
+                                "each other; use one that honours conditional writes")  # fmt: skip
+            taken = True  # the same write again must fail: some S3 servers ignore its condition
         except VersionConflict:
+            if taken:
+                return number
             if _claim_of(storage, adapter_name, number) == claim:
                 return number
             number += 1

@@ -72,6 +72,14 @@ class Registry:
             raise UserError(f"{self.uri}: {adapter_name} has no alias {alias!r}; it has: {known}")
         return current
 
+    def expect(self, adapter_name: str, alias: str, expected: int | None) -> None:
+        """See that an alias names what the caller expects (None: that it does not exist yet).
+
+        Raises:
+            AliasMoved: it names something else; the message says who moved it.
+        """
+        _check_expected(adapter_name, alias, read_alias(self.storage, adapter_name, alias)[0], expected)
+
     def promote(self, adapter_name: str, version: int, alias: str, expected: int | None) -> Alias:
         """Move an alias to a version that is whole, if it still names what the caller expects.
 
@@ -87,9 +95,7 @@ class Registry:
         current, tag = read_alias(self.storage, adapter_name, alias)
         if current and current.version == version:
             return current
-        if (current.version if current else None) != expected:
-            wanted = ", expected " + (f"version {expected}" if expected else "no such alias yet")
-            raise moved_meanwhile(adapter_name, alias, current, wanted)
+        _check_expected(adapter_name, alias, current, expected)
         return move_alias(self.storage, adapter_name, alias, version, expected, tag)
 
     def rollback(self, adapter_name: str, alias: str = PRODUCTION) -> Alias:
@@ -152,3 +158,9 @@ class Registry:
                 except UserError as error:
                     rows.append(ListedVersion(name, version, named, {}, str(error)))
         return rows
+
+
+def _check_expected(adapter_name: str, alias: str, current: Alias | None, expected: int | None) -> None:
+    if (current.version if current else None) != expected:
+        wanted = ", expected " + (f"version {expected}" if expected else "no such alias yet")
+        raise moved_meanwhile(adapter_name, alias, current, wanted)
