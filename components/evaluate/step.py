@@ -66,6 +66,7 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
         "samples": settings.samples,
         "seed": config.seed,
         "confidence": settings.confidence,
+        "adapter_digest": digests["candidate"],
         "incumbent": {"version": incumbent.version, "adapter_digest": digests["incumbent"]} if incumbent else None,
         "models": {name: one.record() for name, one in scores.items()},
         "comparisons": [one.record() for one in comparisons],

@@ -59,7 +59,8 @@ def _record(config: RunConfig, inputs: Mapping[str, Path], evaluation: dict[str,
     models = _field(evaluation, "models", dict, evaluation_file, "evaluate")
     incumbent = _field(evaluation, "incumbent", dict | None, evaluation_file, "evaluate")
     digest = load_adapter(inputs["training"] / "adapter").digest()
-    for file, values, step in ((rl_file, rl, "lora_rl"), (merge_file, merge, "merge_adapter")):
+    about = ((rl_file, rl, "lora_rl"), (merge_file, merge, "merge_adapter"), (evaluation_file, evaluation, "evaluate"))
+    for file, values, step in about:
         if _field(values, "adapter_digest", str, file, step) != digest:
             raise UserError(f"{file}: is about another adapter than {inputs['training'] / 'adapter'}; name the outputs "
                             "of one run, or run again from the step that is older")  # fmt: skip

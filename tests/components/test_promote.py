@@ -45,6 +45,7 @@ def run_outputs(folder: Path, seed: int, *, incumbent: dict | None = None, passe
     save_adapter(adapter, folder / "lora_rl" / "adapter")
     evaluation = {
         "models": {"base": {"accuracy": {**ACCURACY, "value": 0.25}}, "candidate": {"accuracy": ACCURACY}},
+        "adapter_digest": adapter.digest(),
         "incumbent": incumbent,
         "gate": {"passed": passed, "reason": "p = 0.2 is above 0.01" if not passed else "better", "p_value": 0.001},
     }
@@ -183,6 +184,12 @@ def _edit(path: str, **changes: object) -> None:
 def test_inputs_that_do_not_belong_together_are_refused(config, tmp_path):
     cases = {
         "another merge": ("merge", "merge.json", {"adapter_digest": "0" * 64}, "merge.json: is about another adapter"),
+        "another evaluation": (
+            "evaluation",
+            "evaluation.json",
+            {"adapter_digest": "0" * 64},
+            "is about another adapter",
+        ),
         "another training": ("training", "rl.json", {"adapter_digest": "0" * 64}, "rl.json: is about another adapter"),
         "no base": ("training", "rl.json", {"base_uri": None}, "rl.json: says nothing usable about 'base_uri'"),
         "no fingerprint": ("data", "data_card.json", {"fingerprint": "gone"}, "data_card.json: says nothing usable"),
