@@ -61,26 +61,6 @@ def prompt_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message
         raise UserError(f"the chat template refuses a conversation of roles [{roles}]: {error}") from None
 
 
-class PromptTemplate:
-    """Renders prompts given as parallel roles and contents.
-
-    Args:
-        tokenizer: has a chat template.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        self._tokenizer = tokenizer
-
-    def render(self, roles: Sequence[str], contents: Sequence[str]) -> str:
-        """The text that `prompt_text` gives for these messages.
-
-        Raises:
-            UserError: as in `prompt_text`.
-        """
-        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
-        return prompt_text(self._tokenizer, messages)
-
-
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
     """Token ids of a prompt: the chat template with its generation prompt.
 

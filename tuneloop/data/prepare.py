@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tuneloop.data.card import DataCard, SourceTally
-from tuneloop.data.chat import PromptTemplate, require_chat_template
+from tuneloop.data.chat import require_chat_template
 from tuneloop.data.identity import content_id, split_of
 from tuneloop.data.near_duplicates import NearDuplicates
+from tuneloop.data.prompt_template import PromptTemplate
 from tuneloop.data.quarantine import Quarantine
 from tuneloop.data.record import BadRow, Record, Row, Source, missing_column
 from tuneloop.data.schema import SPLITS

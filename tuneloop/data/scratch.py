@@ -81,7 +81,7 @@ class HashTable:
     def _probe(self, keys: np.ndarray, claim: bool) -> tuple[np.ndarray, np.ndarray]:
         """Slots of the (distinct, if `claim`) keys, and whether each slot was empty before."""
         mask = np.uint64(len(self._keys) - 1)
-        slots = (((keys[:, 0] ^ keys[:, -1]) * _HASH_FACTOR) >> np.uint64(17)) & mask
+        slots = ((keys[:, 0] * _HASH_FACTOR + keys[:, -1]) >> np.uint64(17)) & mask
         empty = np.zeros(len(keys), bool)
         pending = np.arange(len(keys))
         while len(pending):

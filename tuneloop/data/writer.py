@@ -1,5 +1,6 @@
 """Writing the splits: parquet in row groups, through temporary files in the same folder."""
 
+import contextlib
 import os
 from pathlib import Path
 from types import TracebackType
@@ -79,7 +80,8 @@ class _SplitFile:
         self._writer.close()
 
     def abandon(self) -> None:
-        self._writer.close()
+        with contextlib.suppress(OSError, pa.ArrowException):  # a full disk: what is written goes away anyway
+            self._writer.close()
         self.path.unlink(missing_ok=True)
 
 
