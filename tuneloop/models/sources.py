@@ -3,6 +3,7 @@
 This module imports torch only when a model has to be converted or made.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -125,6 +126,26 @@ def _from_hub(uri: str, cache_dir: Path) -> Path:
         raise TryAgain(f"{uri}: the hub did not answer ({error})") from None
 
 
+def _from_s3(uri: str, cache_dir: Path) -> Path:
+    """A copy in the cache, named after what is stored: a model that was replaced in the bucket is fetched anew."""
+    from tuneloop.progress import Progress
+    from tuneloop.storage import NotFound, open_storage
+
+    storage = open_storage(uri)
+    versions = storage.versions()
+    if not versions:
+        raise NotFound(f"{uri}: holds no files; check the bucket and the prefix")
+
+    def fetch(partial: Path) -> None:
+        with Progress(f"fetching {uri}", len(versions)) as progress:
+            storage.get_tree("", partial, on_file=lambda total: progress.advance())
+        if storage.versions() != versions:
+            raise TryAgain(f"{uri}: was changed while it was fetched; the same command may succeed now")
+
+    digest = hashlib.sha256(json.dumps([uri.rstrip("/"), sorted(versions.items())]).encode()).hexdigest()
+    return cached_folder(cache_dir / "s3" / digest[:32], fetch)
+
+
 def _from_bundled(uri: str, cache_dir: Path) -> Path:
     from tuneloop.models.bundled import bundled_model
 
@@ -144,5 +165,6 @@ _SCHEMES: dict[str, Callable[[str, Path], Path]] = {
     "bundled": _from_bundled,
     "file": _from_file,
     "hf": _from_hub,
+    "s3": _from_s3,
     "tiny": _from_tiny,
 }

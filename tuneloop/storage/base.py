@@ -153,6 +153,10 @@ class Storage(Protocol):
             raise
         return digests
 
+    def versions(self, prefix: str = "") -> dict[str, str]:
+        """Key -> version tag of everything under `prefix/`: equal tags, equal content."""
+        return {key: self.read_versioned(key)[1] for key in self.list(prefix)}
+
     def list(self, prefix: str = "") -> list[str]:
         """The keys under `prefix/` (everything when empty), sorted; empty when there are none."""
         ...

@@ -106,14 +106,17 @@ class S3Storage(Storage):
             self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
     def list(self, prefix: str = "") -> list[str]:
+        return sorted(self.versions(prefix))
+
+    def versions(self, prefix: str = "") -> dict[str, str]:
         above = f"{self.prefix}/" if self.prefix else ""
         start = f"{self._key(prefix)}/" if prefix else above
-        keys: list[str] = []
+        found: dict[str, str] = {}
         with _clear_errors(self.uri):
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start):
-                keys += [item["Key"].removeprefix(above) for item in page.get("Contents", ())]
+                found |= {item["Key"].removeprefix(above): item["ETag"] for item in page.get("Contents", ())}
         # Consoles mark a folder by an empty object whose key ends with a slash.
-        return sorted(key for key in keys if not key.endswith("/"))
+        return {key: version for key, version in found.items() if not key.endswith("/")}
 
     def _key(self, key: str) -> str:
         return join_key(self.prefix, check_key(key))
