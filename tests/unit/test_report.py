@@ -1,6 +1,7 @@
 """The report of whole, stopped, failed and damaged runs, read back from the files that it writes."""
 
 import json
+import math
 import re
 from html import unescape
 
@@ -22,6 +23,11 @@ def built(folder, error=""):
     body = re.sub(r"<(script|style)\b.*?</\1>", "", source, flags=re.S)
     visible = " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
     return visible, source, files.model_card.read_text(), json.loads(files.summary.read_text())
+
+
+def charts_of(source):
+    """The data behind the page's curves."""
+    return json.loads(re.search(r'id="charts">(.*?)</script>', source, re.S)[1])
 
 
 def test_promoted_run_says_what_was_proven(tmp_path):
@@ -111,8 +117,7 @@ def test_failed_step_is_named_with_its_line_and_its_unfinished_curves(tmp_path):
     assert "It had completed update 23 of 40." in visible
     assert "Something in the request must change" in visible
     assert "The run did not finish: out of memory: lower micro\\_batch\\_tokens" in card
-    charts = json.loads(re.search(r'id="charts">(.*?)</script>', source, re.S)[1])
-    reward = next(chart for chart in charts if chart["title"] == "Reward")
+    reward = next(chart for chart in charts_of(source) if chart["title"] == "Reward")
     assert reward["x"] == [1, 40]
     assert reward["lines"][0]["x"][-1] == 23
 
@@ -176,18 +181,27 @@ def test_long_run_with_long_texts_stays_small(tmp_path):
     with (run / "lora_rl" / "metrics.jsonl").open() as file:
         rows = [json.loads(line) for line in file]
     for row in rows:
-        row |= {f"more/{name}": row["reward/mean"] * name for name in range(60)}
-    (run / "lora_rl" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        broken = row["update"] % 2 == 0
+        row |= {f"more/{name}": float("nan") if broken else row["reward/mean"] / (name + 1) for name in range(60)}
+        row |= {f"reward/part_{i}/mean": row["reward/mean"] * i for i in range(8)}
+        row |= {"validation/accuracy": row["reward/mean"], "validation/reward": row["reward/mean"]}
+    for step in ("sft_warmup", "lora_rl"):
+        (run / step / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = json.loads((run / "config.json").read_text())
+    config["lora"]["rank_pattern"] = {f"layers.{i}.{'q_proj' * 20}": 8 for i in range(20_000)}
+    (run / "config.json").write_text(json.dumps(config))
     samples = [
-        {"update": update, "prompt_id": f"{prompt}", "prompt": "p" * 20_000, "answer": "a", "completion": "<" * 20_000,
+        {"update": update, "prompt_id": f"{prompt}", "prompt": "'" * 5_000, "answer": "a", "completion": "'" * 5_000,
          "reward": 0.5, "rewards": {}}
-        for update in range(0, 5000, 250) for prompt in range(64)
+        for update in range(0, 5000, 250) for prompt in range(12)
     ]  # fmt: skip
     (run / "lora_rl" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     visible, source, _, _ = built(run)
     assert len(source.encode()) <= MAX_BYTES
     assert "more characters)" in visible
     assert "Not drawn: " in visible
+    points = max(len(line["x"]) for chart in charts_of(source) for line in chart["lines"])
+    assert 100 < points <= 200  # with the first budget's 600 it would be too large
 
 
 def test_values_that_are_not_finite_are_told_and_not_drawn(tmp_path):
@@ -202,7 +216,9 @@ def test_values_that_are_not_finite_are_told_and_not_drawn(tmp_path):
     assert "2 values are not a finite number, first at update 12" in visible
     assert "entropy: no value is a finite number" in visible
     assert "NaN" not in source
-    assert "Infinity" not in re.search(r'id="charts">(.*?)</script>', source, re.S)[1]
+    assert all(
+        math.isfinite(value or 0) for chart in charts_of(source) for line in chart["lines"] for value in line["y"]
+    )
 
 
 def test_damaged_file_is_named_and_the_rest_is_shown(tmp_path):

@@ -75,7 +75,7 @@ def test_update_axis_ends_at_the_first_and_last_update():
     assert tight_scale(7, 7).ticks == (7,)
 
 
-@given(st.lists(st.one_of(st.none(), finite), min_size=1, max_size=500), st.integers(12, 60))
+@given(st.lists(st.one_of(st.none(), finite), min_size=61, max_size=120), st.integers(12, 60))
 def test_thinned_series_keeps_ends_and_extremes(values, limit):
     series = Series(list(range(1, len(values) + 1)), values)
     thin = series.thin(limit)

@@ -11,6 +11,7 @@ from tuneloop.report.table import cell, head_cell, row, table
 
 EXAMPLES = 4
 QUARANTINED = 3
+SOURCES = 12
 SPLIT_USES = {"train": "trained on", "validation": "for the curves", "test": "for the gate"}
 
 
@@ -35,7 +36,8 @@ def _sources(card: dict[str, Any]) -> Html:
         f"{dig(source, 'source')} ({count(dig(source, 'kept'))} of {count(dig(source, 'read'))} rows kept)"
         for source in card.get("sources") or []
     ]
-    return join([f"From {', '.join(told)}."] if told else [])
+    more = f" and {count(len(told) - SOURCES)} more" if len(told) > SOURCES else ""
+    return join([f"From {', '.join(told[:SOURCES])}{more}."] if told else [])
 
 
 def _counts(card: dict[str, Any]) -> Html:

@@ -11,6 +11,7 @@ from tuneloop.errors import EXIT_GATE_REFUSED, EXIT_TRY_AGAIN, UserError
 
 STEPS = ("check", "data_prep", "sft_warmup", "lora_rl", "merge_adapter", "evaluate", "promote")
 MODELS = ("base", "sft", "candidate", "incumbent")
+MESSAGE_LENGTH = 2000  # characters; longer ones are cut
 State = Literal["done", "failed", "refused", "unfinished", "not reached"]
 
 
@@ -192,11 +193,16 @@ def _read_json(path: Path, unreadable: list[str]) -> dict[str, Any]:
 
 def _failure(steps: dict[str, StepRecord], error: str) -> Failure | None:
     """The first step that is neither done nor refused by the gate, and why; None when the run came to its end."""
-    line = " ".join(error.split())
+    line = _one_line(error)
     stopped = next((record for record in steps.values() if record.state not in ("done", "refused")), None)
     if stopped is None:
         return Failure(None, line) if line else None
-    told = " ".join(str(stopped.told.get("message") or "").split())
+    told = _one_line(stopped.told.get("message") or "")
     verbs = {"failed": "failed without a message", "unfinished": "was stopped before it finished"}
     default = f"{stopped.name} {verbs.get(stopped.state, 'was not run')}; the same command continues there"
     return Failure(stopped.name, told or line or default, stopped.told.get("exit_code"))
+
+
+def _one_line(message: object) -> str:
+    line = " ".join(str(message).split())
+    return line if len(line) <= MESSAGE_LENGTH else f"{line[:MESSAGE_LENGTH]}…"

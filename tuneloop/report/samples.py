@@ -19,18 +19,18 @@ def samples(run: RunRecord, *, prompts: int = 8, characters: int = 700) -> Html 
     folder = run.steps["lora_rl"].folder
     by_prompt: dict[str, dict[int, dict[str, Any]]] = {}
     for row in read_lines(folder / "samples.jsonl") if folder else ():
-        if isinstance(row.get("update"), int):
-            by_prompt.setdefault(str(row.get("prompt_id")), {})[row["update"]] = row
+        name = str(row.get("prompt_id"))
+        if isinstance(row.get("update"), int) and (name in by_prompt or len(by_prompt) < prompts):
+            by_prompt.setdefault(name, {})[row["update"]] = row
     if not by_prompt:
         return None
     updates = _spread(sorted({update for rows in by_prompt.values() for update in rows}))
     judge = dig(run.config, "task", "rewards", 0, "name")
-    shown = list(by_prompt.values())[:prompts]
     return tag(
         "section",
         tag("h2", "Completions over training"),
         tag("p", "The most likely answer to the same validation prompts, as the policy learned.", cls="note"),
-        [_prompt(rows, updates, judge, characters) for rows in shown],
+        [_prompt(rows, updates, judge, characters) for rows in by_prompt.values()],
         id="samples",
     )
 

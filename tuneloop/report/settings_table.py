@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from tuneloop.report.html import Html, tag
+from tuneloop.report.number import count
 from tuneloop.report.run_record import RunRecord
 from tuneloop.report.samples import clip
+
+SHOWN = 200  # settings of a section
 
 
 def settings(run: RunRecord) -> Html | None:
@@ -30,9 +33,11 @@ def settings(run: RunRecord) -> Html | None:
 
 def _details(name: str, values: dict[str, Any]) -> Html:
     rows = [
-        tag("tr", tag("th", key, scope="row"), tag("td", tag("code", clip(_written(value), 400))))
-        for key, value in values.items()
+        tag("tr", tag("th", clip(key, 200), scope="row"), tag("td", tag("code", clip(_written(value), 400))))
+        for key, value in list(values.items())[:SHOWN]
     ]
+    if len(values) > SHOWN:
+        rows.append(tag("tr", tag("td", f"… and {count(len(values) - SHOWN)} more, in config.json", colspan=2)))
     table = tag("table", tag("tbody", rows), cls="settings")
     return tag("details", tag("summary", name), tag("div", table, cls="scroll", tabindex=0, role="region",
                aria_label=f"settings of {name}"))  # fmt: skip
