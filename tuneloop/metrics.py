@@ -15,7 +15,7 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         if offset is not None and path.exists():
             os.truncate(path, offset)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  held open between rows
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one object and hand it to the kernel."""
@@ -45,7 +45,8 @@ class MetricsWriter:
     def __init__(self, folder: Path, *, offset: int = 0, first_update: int = 0, seconds: float = 0.0):
         from torch.utils.tensorboard.writer import SummaryWriter  # imports torch
 
-        self._lines = JsonLines(folder / "metrics.jsonl", offset)
+        self._path = folder / "metrics.jsonl"
+        self._lines = JsonLines(self._path, offset)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update)
         self._started = time.monotonic() - seconds
 
@@ -55,6 +56,11 @@ class MetricsWriter:
         self._lines.write(row | {name: _rounded(value) for name, value in values.items()})
         for name, value in values.items():
             self._board.add_scalar(name, value, update)
+
+    def column(self, name: str) -> list[float]:
+        """All values of one metric so far, earlier attempts included."""
+        rows = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
+        return [row[name] for row in rows if name in row]
 
     def seconds(self) -> float:
         """Seconds of training so far, earlier attempts included."""

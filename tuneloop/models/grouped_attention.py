@@ -38,7 +38,7 @@ class GroupedAttention(torch.autograd.Function):
         for piece in _pieces(ctx.batch, query.shape[1]):
             q, k_prompt, k_own, v_prompt, v_own = blocks = piece.unpack(query, key, value)
             weights = piece.probabilities(*blocks[:3], ctx.scaling)
-            d_out = piece.unpack_own(gradient, heads=key.shape[1])
+            d_out = piece.unpack_gradient(gradient, heads=key.shape[1])
             d_weights = products(d_out, v_prompt, v_own)
             inner = (d_weights * weights).sum(-1, keepdim=True)
             d_scores = (d_weights.sub_(inner).mul_(weights)).mul_(ctx.scaling).to(q.dtype)
@@ -80,7 +80,7 @@ def _output(q, k_prompt, k_own, v_prompt, v_own, weights):
 
 
 def _transposed(weights, left, prompt):
-    """weights^T @ left, for the prompt's keys (n, K, P, D), summed over completions, and for the own (n, K, G, C, D)."""
+    """weights^T @ left: (n, K, P, D) for the prompt's keys, summed over completions, and (n, K, G, C, D) for the own."""
     n, k, g, mc, d = left.shape
     split = 0 if prompt is None else prompt.shape[2]
     own = weights[..., split:].reshape(n * k * g, mc, -1).transpose(1, 2) @ left.reshape(n * k * g, mc, d)
@@ -99,8 +99,8 @@ class _Piece:
         self.prompt_index = prompt_index_nP
         device = own_index_nGC.device
         place_C = torch.arange(own_index_nGC.shape[2], device=device)
-        own_ok = place_C < own_length_nG[..., None]
-        self._own_where = own_ok.flatten().nonzero().squeeze(1)
+        self._own_ok = place_C < own_length_nG[..., None]
+        self._own_where = self._own_ok.flatten().nonzero().squeeze(1)
         self.own_rows = own_index_nGC.flatten()[self._own_where]
         self._future_CC = place_C[None, :] > place_C[:, None]
         self._padding = None
@@ -126,6 +126,14 @@ class _Piece:
         n, g, c = self.own_index.shape
         blocks = rows_THD[self.own_index].view(n, g, c, heads, -1, rows_THD.shape[-1])
         return blocks.permute(0, 3, 1, 4, 2, 5).reshape(n, heads, g, -1, rows_THD.shape[-1])
+
+    def unpack_gradient(self, rows_THD, heads):
+        """Like `unpack_own`, with zeros where a query is padding: what stands there came from another row."""
+        blocks = self.unpack_own(rows_THD, heads)
+        n, k, g, mc, d = blocks.shape
+        by_place = blocks.view(n, k, g, -1, self._own_ok.shape[2], d)
+        by_place.masked_fill_(~self._own_ok[:, None, :, None, :, None], 0.0)
+        return blocks
 
     def pack_own(self, blocks):
         """(n, K, G, M·C, D) to packed (rows, H, D)."""
@@ -167,5 +175,8 @@ def _pieces(batch: "PackedBatch", heads: int):
     for first in range(0, n, step):
         part = slice(first, first + step)
         yield _Piece(
-            batch.fed_index_NGC[part], batch.fed_length_NG[part], batch.prompt_index_NP[part], batch.prompt_length_N[part]
+            batch.fed_index_NGC[part],
+            batch.fed_length_NG[part],
+            batch.prompt_index_NP[part],
+            batch.prompt_length_N[part],
         )

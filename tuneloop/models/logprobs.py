@@ -41,7 +41,7 @@ def token_scores(
         row_S, target_S: which row predicts which token.
         shared_rows: boolean (S,), True where several tokens are predicted from one row; None: no row is shared.
     """
-    if head_VD.requires_grad or shared_rows is None and not hidden_TD.requires_grad:
+    if head_VD.requires_grad or (shared_rows is None and not hidden_TD.requires_grad):
         return TokenScores(*_chunked(hidden_TD, head_VD, row_S, target_S, temperature))
     if shared_rows is None or not bool(shared_rows.any()):
         return TokenScores(*_FrozenHeadScores.apply(hidden_TD[row_S], head_VD, target_S, temperature))

@@ -133,7 +133,7 @@ def extract(layers: dict[str, LoraLinear], config: dict) -> Adapter:
     return Adapter(factors, config)
 
 
-def peft_config(settings: LoraSettings, layers: dict[str, LoraLinear], base_uri: str) -> dict:
+def peft_config(settings: LoraSettings, layers: dict[str, LoraLinear], model: nn.Module, base_uri: str) -> dict:
     """The `adapter_config.json` that PEFT and vLLM need to compute what we trained."""
     return {
         "peft_type": "LORA",
@@ -146,7 +146,7 @@ def peft_config(settings: LoraSettings, layers: dict[str, LoraLinear], base_uri:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": _shortest_names(layers),
+        "target_modules": _target_names(layers, model),
         "rank_pattern": dict(settings.rank_pattern),
         "alpha_pattern": dict(settings.alpha_pattern),
     }
@@ -159,9 +159,31 @@ def trainable_parameters(layers: dict[str, LoraLinear]) -> Iterator[tuple[str, n
         yield f"{name}.lora_B", layer.B
 
 
-def _shortest_names(layers: dict[str, LoraLinear]) -> list[str]:
-    """Leaf names: exact when every module of that leaf name is adapted in every block, as our targets are."""
-    return sorted({name.rsplit(".", 1)[-1] for name in layers})
+def describe_targets(layers: dict[str, LoraLinear]) -> str:
+    """A small table of what was matched: leaf name, how many, shape, rank, parameters."""
+    kinds: dict[tuple, int] = {}
+    for name, layer in layers.items():
+        shape = (layer.base.out_features, layer.base.in_features)
+        key = (name.rsplit(".", 1)[-1], *shape, layer.A.shape[0])
+        kinds[key] = kinds.get(key, 0) + 1
+    total = sum(layer.A.numel() + layer.B.numel() for layer in layers.values())
+    rows = [
+        f"  {leaf:<14} {count:>4} x {out} x {into}, rank {rank}" for (leaf, out, into, rank), count in kinds.items()
+    ]
+    return "\n".join([f"adapter: {len(layers)} modules, {total:,} parameters", *rows])
+
+
+def _target_names(layers: dict[str, LoraLinear], model: nn.Module) -> list[str]:
+    """Leaf names when they say exactly which modules are adapted; full names otherwise."""
+    leaves = {name.rsplit(".", 1)[-1] for name in layers}
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    others = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not name.endswith(".base")
+    ]
+    ambiguous = any(name.rsplit(".", 1)[-1] in leaves for name in others)
+    return sorted(layers) if ambiguous else sorted(leaves)
 
 
 def _refuse_excess_rank(name: str, rank: int, linear: nn.Linear) -> None:

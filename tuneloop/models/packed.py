@@ -71,9 +71,9 @@ def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> PackedB
     completions = [list(completion) for _, members in groups for completion in members]
     prompt_length_N = torch.tensor([len(prompt) for prompt in prompts])
     widest = max(len(members) for _, members in groups)
-    fed_length_NG = torch.tensor([
-        [len(completion) - 1 for completion in members] + [0] * (widest - len(members)) for _, members in groups
-    ]).view(len(groups), widest)
+    fed_length_NG = torch.tensor(
+        [[len(completion) - 1 for completion in members] + [0] * (widest - len(members)) for _, members in groups]
+    ).view(len(groups), widest)
     prompt_tokens = int(prompt_length_N.sum())
     prompt_start_N = prompt_length_N.cumsum(0) - prompt_length_N
     fed_flat = fed_length_NG.flatten()
@@ -93,7 +93,9 @@ def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> PackedB
     lengths_B = torch.tensor([len(completion) for completion in completions], dtype=torch.long)
     return PackedBatch(
         input_ids_T=torch.tensor(tokens).to(device),
-        position_ids_T=torch.cat([place_P.expand_as(prompt_ok_NP)[prompt_ok_NP], fed_position_NGC[fed_ok_NGC]]).to(device),
+        position_ids_T=torch.cat([place_P.expand_as(prompt_ok_NP)[prompt_ok_NP], fed_position_NGC[fed_ok_NGC]]).to(
+            device
+        ),
         prompt_index_NP=torch.where(prompt_ok_NP, prompt_start_N[:, None] + place_P, 0).to(device),
         prompt_length_N=prompt_length_N.to(device),
         fed_index_NGC=fed_index_NGC.to(device),
@@ -102,5 +104,7 @@ def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> PackedB
         completions=len(completions),
         completion_of_S=torch.repeat_interleave(torch.arange(len(completions)), lengths_B).to(device),
         row_S=rows[scored].to(device),
-        target_S=torch.tensor([token for completion in completions for token in completion], dtype=torch.long).to(device),
+        target_S=torch.tensor([token for completion in completions for token in completion], dtype=torch.long).to(
+            device
+        ),
     )

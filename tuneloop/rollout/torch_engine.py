@@ -12,14 +12,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tuneloop.data.chat import end_of_turn_id
 from tuneloop.errors import UserError
 from tuneloop.models.adapter_io import Adapter
 from tuneloop.models.forward import head_weight, hidden_states, score
-from tuneloop.models.load import load_model
+from tuneloop.models.load import load_model, load_tokenizer
 from tuneloop.models.lora import LoraLinear
 from tuneloop.models.packed import pack
+from tuneloop.models.rounding import fold
 from tuneloop.rng import uniforms
 from tuneloop.rollout.engine import Completion, SampleStream
 from tuneloop.rollout.kv_cache import Decode, GroupCache, Prefill
@@ -51,18 +53,21 @@ class TorchEngine:
         max_sequences: int = 512,
         device: str | torch.device | None = None,
     ):
-        self._set_up(load_model(model_folder, dtype, device), max_sequences)
+        model = load_model(model_folder, dtype, device)
+        self._set_up(model, load_tokenizer(model_folder), max_sequences)
 
     @classmethod
-    def sharing(cls, model: PreTrainedModel, max_sequences: int = 512) -> "TorchEngine":
+    def sharing(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_sequences: int = 512
+    ) -> "TorchEngine":
         """An engine over a model that somebody else trains."""
         engine = cls.__new__(cls)
-        engine._set_up(model, max_sequences)
+        engine._set_up(model, tokenizer, max_sequences)
         return engine
 
-    def _set_up(self, model: PreTrainedModel, max_sequences: int) -> None:
+    def _set_up(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_sequences: int) -> None:
         self.model, self.max_sequences = model, max_sequences
-        self.end_ids = end_token_ids(model)
+        self.end_ids = end_token_ids(model) | {end_of_turn_id(tokenizer)}
         self._merged: dict[str, torch.Tensor] = {}
         self._digest = ""
 
@@ -80,9 +85,8 @@ class TorchEngine:
                 weight = _linear(self.model, name).weight
                 if (b.shape[0], a.shape[1]) != tuple(weight.shape):
                     raise UserError(f"the adapter was made for another base: {name} has another shape")
-                a, b = a.to(weight.device).float(), b.to(weight.device).float()
-                total = torch.addmm(weight.float(), b, a, alpha=adapter.scaling(name))  # type: ignore[union-attr]
-                self._merged.setdefault(name, torch.empty_like(weight)).copy_(total)
+                merged = self._merged.setdefault(name, torch.empty_like(weight))
+                fold(weight, a, b, adapter.scaling(name), merged)  # type: ignore[union-attr]
         self._digest = digest
         return digest
 
@@ -196,16 +200,12 @@ class _Batch:
 
 
 def end_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end a completion, from the generation config or the model's.
-
-    Raises:
-        UserError: the model names no end token.
-    """
+    """The tokens that end a completion, from the generation config or the model's; may be empty."""
     for config in (model.generation_config, model.config):
         ends = getattr(config, "eos_token_id", None)
         if ends is not None:
             return frozenset(ends if isinstance(ends, list) else [ends])
-    raise UserError("the model names no end token: set eos_token_id in its generation_config.json")
+    return frozenset()
 
 
 def _linear(model: PreTrainedModel, name: str) -> nn.Linear:

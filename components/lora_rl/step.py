@@ -1,0 +1,76 @@
+"""LoRA reinforcement learning: prepared data and a warmed-up adapter in, the candidate adapter out."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from components.config import RunConfig
+from components.runner import Step, Summary
+
+CANARIES = 2  # fixed prompts whose tokens trainer and engine must agree on after every sync
+
+
+def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
+    """Train the adapter by reinforcement learning from the task's rewards."""
+    from tuneloop.data.chat import render_completion, render_prompt, require_chat_template
+    from tuneloop.data.reader import read_examples
+    from tuneloop.models.adapter_io import load_adapter, save_adapter
+    from tuneloop.models.load import load_model, load_tokenizer
+    from tuneloop.models.lora import attach_adapter, describe_targets
+    from tuneloop.models.sources import resolve_model
+    from tuneloop.rewards.base import build_scorer
+    from tuneloop.rollout.torch_engine import TorchEngine
+    from tuneloop.rollout.weight_sync import Canary, WeightSync
+    from tuneloop.training.rl import Policy, RlTrainer
+
+    settings = config.lora_rl
+    scorer = build_scorer(config.task.rewards)
+    train = read_examples(inputs["data"] / "train.parquet")
+    validation = read_examples(inputs["data"] / "validation.parquet", settings.validation_prompts)
+    start = load_adapter(inputs["warmup"] / "adapter")
+    warmed_model = inputs["warmup"] / "model"
+    base = warmed_model if warmed_model.is_dir() else resolve_model(config.model.uri)
+    tokenizer = load_tokenizer(base)
+    require_chat_template(tokenizer)
+    model = load_model(base, config.model.dtype)
+    layers = attach_adapter(model, start, config.lora.dropout)
+    print(describe_targets(layers), flush=True)
+    policy = Policy(model, layers, start.config)
+    engine = TorchEngine.sharing(model, tokenizer, settings.engine.max_sequences)
+    canaries = [
+        Canary(render_prompt(tokenizer, example.messages), render_completion(tokenizer, example.completion))
+        for example in validation[:CANARIES]
+    ]
+    sync = WeightSync(engine, model, layers, start.config, canaries, settings.engine.canary_tolerance)
+    trainer = RlTrainer(
+        policy,
+        engine,
+        sync,
+        tokenizer,
+        scorer,
+        train,
+        validation,
+        settings,
+        max_new_tokens=config.task.max_new_tokens,
+        seed=config.seed,
+        folder=output,
+    )
+    result = trainer.run()
+    save_adapter(policy.adapter(), output / "adapter")
+    record = {
+        "updates": result.updates,
+        "adapter_digest": result.adapter_digest,
+        "reference_digest": result.reference_digest,
+        "validation_accuracy": {"first": result.first_accuracy, "last": result.last_accuracy},
+        "base_uri": config.model.uri,
+    }
+    (output / "rl.json").write_text(json.dumps(record, indent=2) + "\n")
+    return {
+        "updates": result.updates,
+        "validation_accuracy_first": result.first_accuracy,
+        "validation_accuracy_last": result.last_accuracy,
+        "adapter_digest": result.adapter_digest,
+    }
+
+
+STEP = Step("lora_rl", ("data", "warmup"), run, sections=("model", "task", "lora", "lora_rl"), resumable=True)

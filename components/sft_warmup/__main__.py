@@ -1,0 +1,4 @@
+from components.sft_warmup.step import STEP
+from components.runner import main
+
+raise SystemExit(main(STEP))

@@ -1,0 +1,56 @@
+"""Supervised warm-up: prepared data in, the adapter from which RL continues out."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from components.config import RunConfig
+from components.runner import Step, Summary
+
+
+def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
+    """Warm the model up on prepared completions and write the adapter that RL starts from."""
+    from tuneloop.data.chat import require_chat_template
+    from tuneloop.data.reader import read_examples
+    from tuneloop.models.adapter_io import save_adapter
+    from tuneloop.models.load import load_model, load_tokenizer
+    from tuneloop.models.lora import attach, describe_targets, extract, peft_config
+    from tuneloop.models.sources import resolve_model
+    from tuneloop.training.finish import save_full_model
+    from tuneloop.training.sft import warm_up
+
+    settings = config.sft_warmup
+    train = read_examples(inputs["data"] / "train.parquet")
+    validation = read_examples(inputs["data"] / "validation.parquet", settings.validation_examples)
+    base = resolve_model(config.model.uri)
+    tokenizer = load_tokenizer(base)
+    require_chat_template(tokenizer)
+    model = load_model(base, config.model.dtype)
+    # After a full fine-tuning the adapter is a fresh one over the new weights, so it is attached afterwards.
+    layers = {} if settings.mode == "full" else attach(model, config.lora, config.seed)
+    if layers:
+        print(describe_targets(layers), flush=True)
+    result = warm_up(model, layers, tokenizer, train, validation, settings, seed=config.seed, folder=output)
+    base_uri = config.model.uri
+    if settings.mode == "full":
+        save_full_model(model, base, output / "model")
+        layers = attach(model, config.lora, config.seed)
+    adapter = extract(layers, peft_config(config.lora, layers, model, base_uri))
+    save_adapter(adapter, output / "adapter")
+    warmup = {
+        "mode": settings.mode,
+        "base_uri": base_uri,
+        "updates": result.updates,
+        "adapter_digest": adapter.digest(),
+        "validation_loss": {"first": result.first_loss, "last": result.last_loss},
+    }
+    (output / "warmup.json").write_text(json.dumps(warmup, indent=2) + "\n")
+    return {
+        "updates": result.updates,
+        "validation_loss_first": result.first_loss,
+        "validation_loss_last": result.last_loss,
+        "adapter_digest": adapter.digest(),
+    }
+
+
+STEP = Step("sft_warmup", ("data",), run, sections=("model", "lora", "sft_warmup"), resumable=True)

@@ -1,0 +1,102 @@
+"""Sending the adapter to the rollout engine, and proving that it arrived.
+
+After each sync a canary looks whether the engine holds the adapter that was sent, whether that adapter is another one
+than before, and whether engine and trainer agree on the log-probs of a few fixed tokens. An adapter that silently
+never reaches the engine is the most frequent complaint about LoRA RL.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from tuneloop.errors import TuneloopError
+from tuneloop.models.adapter_io import Adapter
+from tuneloop.models.forward import score
+from tuneloop.models.lora import LoraLinear, extract
+from tuneloop.models.packed import pack
+from tuneloop.rollout.engine import RolloutEngine
+
+
+class CanaryFailed(TuneloopError):
+    """The engine does not sample from the policy that is being trained; going on would train on the wrong samples."""
+
+
+@dataclass(frozen=True)
+class Canary:
+    """Fixed tokens whose log-probs trainer and engine must agree on: token ids of a prompt and of what follows."""
+
+    prompt: Sequence[int]
+    completion: Sequence[int]
+
+
+class WeightSync:
+    """Sends the adapter of `layers` to `engine`.
+
+    Args:
+        model: the trainer's model, with its adapter enabled.
+        adapter_config: PEFT's config of the adapter.
+        tolerance: largest gap (nats) between the trainer's and the engine's log-prob of a canary token.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        model: PreTrainedModel,
+        layers: dict[str, LoraLinear],
+        adapter_config: dict,
+        canaries: Sequence[Canary],
+        tolerance: float,
+    ):
+        self.engine, self.model, self.layers = engine, model, layers
+        self.adapter_config, self.canaries, self.tolerance = adapter_config, canaries, tolerance
+        self._last_digest = ""
+
+    def __call__(self, *, changed: bool) -> float:
+        """Send the adapter as it is now and check that it arrived.
+
+        Args:
+            changed: whether an optimiser step was made since the last call.
+
+        Returns:
+            The largest gap (nats) between the trainer's and the engine's log-prob of a canary token.
+
+        Raises:
+            CanaryFailed: the engine holds another adapter, or computes something else with it.
+        """
+        adapter = extract(self.layers, self.adapter_config)
+        held, sent = self.engine.sync(adapter), adapter.digest()
+        if held != sent:
+            raise CanaryFailed(f"the engine holds adapter {held[:12] or 'none'} after {sent[:12]} was sent to it")
+        if changed and sent == self._last_digest:
+            raise CanaryFailed(f"the update left adapter {sent[:12]} as it was, to the last bit; "
+                               "raise lora_rl.optimizer.learning_rate")  # fmt: skip
+        self._last_digest = sent
+        gap = self._gap()
+        if not gap <= self.tolerance:
+            raise CanaryFailed(f"trainer and engine differ by {gap:.3f} nats on a canary token "
+                               f"(lora_rl.engine.canary_tolerance = {self.tolerance})")  # fmt: skip
+        return gap
+
+    @property
+    def digest(self) -> str:
+        """Digest of the adapter that was sent last."""
+        return self._last_digest
+
+    def adapter(self) -> Adapter:
+        """A copy of the adapter as it is now."""
+        return extract(self.layers, self.adapter_config)
+
+    @torch.no_grad()
+    def _gap(self) -> float:
+        gaps = [0.0]
+        was_training = self.model.training
+        self.model.eval()
+        for canary in self.canaries:
+            batch = pack([(canary.prompt, [canary.completion])], self.model.device)
+            trainer = score(self.model, batch).logprobs_S.tolist()
+            engine = self.engine.logprobs(canary.prompt, canary.completion)
+            gaps.extend(abs(a - b) for a, b in zip(trainer, engine, strict=True))
+        self.model.train(was_training)
+        return max(gaps)

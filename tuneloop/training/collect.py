@@ -1,0 +1,89 @@
+"""The first phase of an update: sample completions and judge them.
+
+Legend: N prompts, G completions a prompt.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tuneloop.data.chat import render_prompts
+from tuneloop.data.schema import Example
+from tuneloop.rewards.base import Score, Scorer
+from tuneloop.rollout.engine import Completion, RolloutEngine, SampleStream
+from tuneloop.settings import SamplingSettings
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """One prompt and its sampled, judged completions."""
+
+    example: Example
+    prompt: list[int]
+    completions: list[Completion]
+    texts: list[str]
+    scores: list[Score]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One round of sampling."""
+
+    groups: list[RolloutGroup]
+
+    def rewards_NG(self) -> torch.Tensor:
+        """Total rewards, shape (N, G)."""
+        return torch.tensor([[score.total for score in group.scores] for group in self.groups])
+
+    def metrics(self, scorer: Scorer) -> dict[str, float]:
+        """Rewards and lengths of the round; names are in docs/metrics.md."""
+        rewards_NG = self.rewards_NG()
+        completions = [completion for group in self.groups for completion in group.completions]
+        scores = [score for group in self.groups for score in group.scores]
+        values = {
+            "reward/mean": float(rewards_NG.mean()),
+            "reward/std": float(rewards_NG.std()),
+            "groups/zero_spread_share": float((rewards_NG == rewards_NG[:, :1]).all(1).float().mean()),
+            "completion/tokens_mean": statistics.fmean(len(completion.token_ids) for completion in completions),
+            "completion/truncated_share": statistics.fmean(not completion.finished for completion in completions),
+        }
+        for name in scorer.names:
+            values[f"reward/{name}/mean"] = statistics.fmean(score.parts[name] for score in scores)
+        return values
+
+    def tokens(self) -> int:
+        """Sampled tokens."""
+        return sum(len(completion.token_ids) for group in self.groups for completion in group.completions)
+
+    def accuracy(self, scorer: Scorer) -> float:
+        """Share of correct completions."""
+        return statistics.fmean(scorer.is_correct(score) for group in self.groups for score in group.scores)
+
+
+def collect(
+    engine: RolloutEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: Scorer,
+    examples: Sequence[Example],
+    *,
+    samples: int,
+    sampling: SamplingSettings,
+    max_new_tokens: int,
+    stream: SampleStream,
+) -> Rollout:
+    """Sample `samples` completions of every example and score them.
+
+    Raises:
+        UserError: a reward failed.
+    """
+    prompts = render_prompts(tokenizer, [example.messages for example in examples])
+    sampled = engine.generate(prompts, samples=samples, sampling=sampling, max_new_tokens=max_new_tokens, stream=stream)
+    groups = []
+    for example, prompt, completions in zip(examples, prompts, sampled, strict=True):
+        texts = tokenizer.batch_decode([completion.token_ids for completion in completions], skip_special_tokens=True)
+        scores = [scorer.score(example, text) for text in texts]
+        groups.append(RolloutGroup(example, prompt, completions, texts, scores))
+    return Rollout(groups)

@@ -1,0 +1,59 @@
+"""The part of a training loop that must survive a kill: counters, optimiser, and how far its logs had come."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from tuneloop.checkpoint import CheckpointStore
+from tuneloop.metrics import JsonLines, MetricsWriter
+from tuneloop.training.optim import MasterAdamW
+
+
+class RunState:
+    """Continues from the newest committed checkpoint of a folder, or starts at update 0.
+
+    Everything else that a loop needs is a function of the config and of `update`. Logs are cut back to where they were
+    when the checkpoint was made, so a resumed run writes the same rows once.
+
+    Attributes:
+        update: updates done.
+        metrics, samples: the loop's logs.
+    """
+
+    def __init__(self, folder: Path, optimizer: MasterAdamW, keep: int):
+        self.optimizer = optimizer
+        self._store = CheckpointStore(folder / "checkpoints", keep)
+        checkpoint = self._store.latest()
+        saved = {"seconds": 0.0, "metrics": 0, "samples": 0}
+        self.update = 0
+        if checkpoint:
+            self.update = checkpoint.update
+            saved = json.loads((checkpoint.path / "state.json").read_text())
+            optimizer.load_state(load_file(checkpoint.path / "optimizer.safetensors"))
+            print(f"continuing from the checkpoint of update {self.update}", flush=True)
+        self.metrics = MetricsWriter(
+            folder, offset=saved["metrics"], first_update=self.update + 1, seconds=saved["seconds"]
+        )
+        self.samples = JsonLines(folder / "samples.jsonl", saved["samples"])
+
+    def save(self) -> None:
+        """Commit a checkpoint of the current update."""
+
+        def write(folder: Path) -> None:
+            save_file(
+                {name: t.contiguous() for name, t in self.optimizer.state().items()}, folder / "optimizer.safetensors"
+            )
+            state = {
+                "seconds": self.metrics.seconds(),
+                "metrics": self.metrics.offset(),
+                "samples": self.samples.offset(),
+            }
+            (folder / "state.json").write_text(json.dumps(state))
+
+        self._store.save(self.update, write)
+
+    def close(self) -> None:
+        """Flush and close the logs."""
+        self.metrics.close()
+        self.samples.close()

@@ -1,0 +1,120 @@
+"""Supervised warm-up: maximum likelihood of the completions, packed, nothing padded.
+
+Legend: S scored tokens.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tuneloop.data.chat import render_completions, render_prompts
+from tuneloop.data.schema import Example
+from tuneloop.errors import TryAgain
+from tuneloop.models.forward import score
+from tuneloop.models.lora import LoraLinear, trainable_parameters
+from tuneloop.models.packed import Group, pack
+from tuneloop.progress import Progress
+from tuneloop.training.batching import micro_batches, packed_length
+from tuneloop.training.data_order import rows_of_update
+from tuneloop.training.optim import MasterAdamW
+from tuneloop.training.run_state import RunState
+from tuneloop.training.settings import SftSettings
+from tuneloop.training.stopping import StopRequest
+
+
+@dataclass(frozen=True)
+class SftResult:
+    """Mean validation loss (nats a completion token) before the first and after the last update."""
+
+    first_loss: float
+    last_loss: float
+    updates: int
+
+
+def warm_up(
+    model: PreTrainedModel,
+    layers: dict[str, LoraLinear],
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    settings: SftSettings,
+    *,
+    seed: int,
+    folder: Path,
+) -> SftResult:
+    """Train the adapter (or, with `mode = "full"`, every weight) in place, resuming what `folder` holds.
+
+    Raises:
+        TryAgain: asked to stop; a checkpoint was saved.
+    """
+    if settings.mode == "full":
+        model.requires_grad_(True)
+        parameters = [(name, parameter) for name, parameter in model.named_parameters()]
+    else:
+        parameters = list(trainable_parameters(layers))
+    optimizer = MasterAdamW(parameters, settings.optimizer, settings.updates)
+    state = RunState(folder, optimizer, keep=1)
+    held_out = _groups(tokenizer, validation)
+    first = validation_loss(model, held_out, settings.micro_batch_tokens)
+    last = first
+    with StopRequest() as stop, Progress("sft_warmup", settings.updates, done=state.update) as progress:
+        while state.update < settings.updates:
+            rows = rows_of_update(seed, state.update, settings.examples_per_update, len(train))
+            values = _update(model, optimizer, _groups(tokenizer, [train[row] for row in rows]), settings)
+            state.update += 1
+            done = state.update == settings.updates
+            if done or state.update % settings.validate_every == 0:
+                last = validation_loss(model, held_out, settings.micro_batch_tokens)
+                values["loss/validation"] = last
+            state.metrics.write(state.update, values)
+            if stop.requested or (state.update % settings.checkpoint_every == 0 and not done):
+                state.save()
+            if stop.requested and not done:
+                raise TryAgain(f"stopped after warm-up update {state.update}, which is saved; run again to continue")
+            progress.advance(note=f"loss {values['loss/train']:.3f}")
+    state.close()
+    return SftResult(first, last, settings.updates)
+
+
+def _update(
+    model: PreTrainedModel, optimizer: MasterAdamW, groups: Sequence[Group], settings: SftSettings
+) -> dict[str, float]:
+    started = time.perf_counter()
+    model.train()
+    tokens = sum(len(completions[0]) for _, completions in groups)
+    total = 0.0
+    for members in micro_batches(groups, settings.micro_batch_tokens):
+        batch = pack([groups[index] for index in members], model.device)
+        loss = -score(model, batch).logprobs_S.sum() / tokens
+        loss.backward()
+        total += float(loss.detach())
+    norm, rate = optimizer.step()
+    packed = sum(packed_length(group) for group in groups)
+    return {
+        "loss/train": total,
+        "gradient/norm": norm,
+        "learning_rate": rate,
+        "tokens_per_second/update": packed / (time.perf_counter() - started),
+    }
+
+
+@torch.no_grad()
+def validation_loss(model: PreTrainedModel, groups: Sequence[Group], budget: int) -> float:
+    """Mean negative log-likelihood (nats) of a completion token."""
+    model.eval()
+    total, tokens = 0.0, 0
+    for members in micro_batches(groups, budget):
+        logprobs_S = score(model, pack([groups[index] for index in members], model.device)).logprobs_S
+        total -= float(logprobs_S.sum())
+        tokens += logprobs_S.numel()
+    return total / tokens
+
+
+def _groups(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Group]:
+    prompts = render_prompts(tokenizer, [example.messages for example in examples])
+    completions = render_completions(tokenizer, [example.completion for example in examples])
+    return [(prompt, [completion]) for prompt, completion in zip(prompts, completions, strict=True)]
