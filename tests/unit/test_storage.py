@@ -219,6 +219,21 @@ def test_files_of_other_origin_are_read_and_replaced(tmp_path):
     assert storage.read_bytes("rows.jsonl") == b"[]\n"
 
 
+def test_a_file_replaced_between_its_open_and_its_sidecar_is_opened_again(tmp_path, monkeypatch):
+    from tuneloop.storage import local
+
+    storage, vouched = open_storage(str(tmp_path)), local._vouched
+    storage.write_bytes("alias", b"old")
+
+    def replaced_first(path: Path) -> frozenset[str]:
+        monkeypatch.setattr(local, "_vouched", vouched)
+        storage.write_bytes("alias", b"new")
+        return vouched(path)
+
+    monkeypatch.setattr(local, "_vouched", replaced_first)
+    assert storage.read_bytes("alias") == b"new"
+
+
 KEEPS_WRITING = """
 import sys
 from tuneloop.storage import open_storage
