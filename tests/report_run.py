@@ -173,34 +173,51 @@ def _evaluation(folder: Path, promoted: bool, incumbent: bool) -> None:
             "metrics": {"completion_tokens": 3.4 if name != "base" else 7.8, "reasoning_gym": share,
                         "truncated_share": 0.0 if name != "base" else 0.81},
         }  # fmt: skip
-    comparisons = []
-    for reference in ("base", "incumbent"):
-        if reference in right:
-            difference = (right["candidate"] - right[reference]) / 512
-            comparisons.append(
-                {"reference": reference, "metric": "accuracy", "difference": difference,
-                 "ci95": [difference - 0.043, difference + 0.043], "n": 512,
-                 "p_value": 3.1e-24 if promoted or reference == "base" else 0.281,
-                 "wins": max(0, right["candidate"] - right[reference]) + 9, "losses": 9}
-            )  # fmt: skip
-    p_value = 3.1e-24 if promoted else 0.281
-    detail = f"p = {p_value:g}, at most 0.01 is asked for"
-    proven = {"name": "better than the incumbent", "passed": promoted, "detail": detail}
+    comparisons = [
+        _comparison(right, reference, metric) for reference in right if reference != "candidate"
+        for metric in ("accuracy", "pass_at_1")
+    ]  # fmt: skip
+    checks = [_check(right, name) for name in ("base", "incumbent") if name in right]
+    failed = [check["detail"] for check in checks if not check["passed"]]
     gate = {
-        "passed": promoted, "p_value": p_value,
-        "reason": "better than base and incumbent at significance 0.01" if promoted else
-                  f"not proven better than the incumbent: {detail}",
-        "checks": [{"name": "better than the base", "passed": True, "detail": "p = 3.1e-24, at most 0.01 is asked for"},
-                   *([proven] if incumbent else [])],
+        "passed": not failed, "p_value": max(_p_value(right, check["name"].split()[1]) for check in checks),
+        "reason": "; ".join(failed) or f"candidate {right['candidate'] / 512:.1%} accuracy beats what is there",
+        "checks": checks,
     }  # fmt: skip
-    _write(folder / "evaluation.json", {"prompts": 512, "samples": 4, "seed": 17, "models": models,
-                                        "comparisons": comparisons, "gate": gate})  # fmt: skip
+    _write(
+        folder / "evaluation.json",
+        {
+            "prompts": 512, "samples": 4, "seed": 17, "confidence": 0.95, "adapter_digest": "c" * 64,
+            "incumbent": {"version": 3, "adapter_digest": "a" * 64} if incumbent else None,
+            "models": models, "comparisons": comparisons, "gate": gate,
+        },
+    )  # fmt: skip
     rows = [
         {"model": name, "prompt_id": f"{i:032x}", "sample": sample, "completion": str(i + 40 + (i >= hits)),
          "tokens": 3, "truncated": False, "correct": i < hits, "reward": float(i < hits)}
         for name, hits in right.items() for i in range(512) for sample in (-1, 0)
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), folder / "answers.parquet")
+
+
+def _comparison(right: dict[str, int], reference: str, metric: str) -> dict:
+    difference = (right["candidate"] - right[reference]) / 512
+    return {
+        "reference": reference, "metric": metric, "difference": difference,
+        "ci95": [difference - 0.043, difference + 0.043], "p_value": _p_value(right, reference), "n": 512,
+        "wins": max(0, right["candidate"] - right[reference]) + 9, "losses": 9,
+    }  # fmt: skip
+
+
+def _check(right: dict[str, int], reference: str) -> dict:
+    points, p_value = (right["candidate"] - right[reference]) / 5.12, _p_value(right, reference)
+    told = "beats" if p_value < 0.01 else "is not proven better than"
+    detail = f"candidate {right['candidate'] / 5.12:.1f} % {told} {reference} ({points:+.1f} points, p = {p_value:.2g})"
+    return {"name": f"beats {reference}", "passed": p_value < 0.01, "detail": detail}
+
+
+def _p_value(right: dict[str, int], reference: str) -> float:
+    return 3.1e-24 if right["candidate"] - right[reference] > 50 else 0.281
 
 
 def _write(path: Path, value: object) -> None:

@@ -37,8 +37,8 @@ def test_promoted_run_says_what_was_proven(tmp_path):
     assert "+24.0 points against the incumbent" in visible
     assert "+19.7 to +28.3" in visible
     assert "3.1 × 10⁻²⁴" in visible
-    assert "better than base and incumbent at significance 0.01" in visible
-    assert "✓ passed: better than the incumbent" in visible
+    assert "Candidate 87.3% accuracy beats what is there" in visible
+    assert "✓ passed: beats incumbent candidate 87.3 % beats incumbent (+24.0 points, p = 3.1e-24)" in visible
     assert summary["status"] == "promoted"
     assert summary["error"] is None
 
@@ -55,7 +55,7 @@ def test_report_json_has_the_documented_content(tmp_path):
     low, high = summary["accuracy"]["base"]["ci95"]
     assert low < 6 / 512 < high
     assert summary["gate"] == {
-        "passed": True, "p_value": 3.1e-24, "reason": "better than base and incumbent at significance 0.01",
+        "passed": True, "p_value": 3.1e-24, "reason": "candidate 87.3% accuracy beats what is there",
     }  # fmt: skip
     assert summary["seconds"]["lora_rl"] == 611.3
     assert list(summary["peak_rss_bytes"]) == list(STEPS)
@@ -73,8 +73,8 @@ def test_refused_candidate_is_kept_out_and_not_called_a_failure(tmp_path):
     assert "The candidate was not promoted" in visible
     assert "Kept the incumbent" in visible
     assert "kept out by the gate" in visible
-    assert "✗ failed: better than the incumbent" in visible
-    assert "The gate refused: not proven better than the incumbent" in card
+    assert "✗ failed: beats incumbent" in visible
+    assert "The gate refused: candidate 64.6 % is not proven better than incumbent" in card
 
 
 def test_first_run_without_incumbent_compares_with_the_base(tmp_path):
@@ -227,6 +227,16 @@ def test_damaged_file_is_named_and_the_rest_is_shown(tmp_path):
     visible = built(run)[0]
     assert "Could not be read evaluate/evaluation.json" in visible
     assert "Validation accuracy" in visible
+
+
+def test_intervals_are_named_by_their_confidence(tmp_path):
+    run = make_run(tmp_path / "run")
+    evaluation = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    (run / "evaluate" / "evaluation.json").write_text(json.dumps(evaluation | {"confidence": 0.995}))
+    visible, source, card, _ = built(run)
+    assert "99.5% interval +19.7 to +28.3" in visible
+    assert "95% interval" not in source.replace("99.5% interval", "")
+    assert "| model | accuracy | 99.5% interval |" in card
 
 
 def test_digests_that_disagree_are_shown(tmp_path):

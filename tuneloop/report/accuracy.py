@@ -1,14 +1,13 @@
 """How good each model is, with intervals, and how far the candidate is from each."""
 
 from tuneloop.report.bar_chart import interval_cell, scale_row
-from tuneloop.report.comparison import METRIC_NAMES, Comparison, comparisons, interval_of, score
+from tuneloop.report.comparison import METRIC_NAMES, Comparison, comparisons, interval_name, interval_of, score
 from tuneloop.report.html import Html, tag
 from tuneloop.report.number import MISSING, count, finite, p_value, percent, plain, points
 from tuneloop.report.run_record import MODELS, RunRecord, dig
 from tuneloop.report.scale import Scale, nice_scale
 from tuneloop.report.table import cell, head_cell, row, table
 
-INTERVAL = "95% interval"
 CARDS = "cards with-charts"
 NAMES = {"base": "Base", "sft": "SFT warm-up", "candidate": "Candidate", "incumbent": "Incumbent"}
 
@@ -26,7 +25,7 @@ def accuracy(run: RunRecord) -> Html | None:
         tag("p", _what_was_asked(run), cls="note"),
         _models_table(run, present),
         tag("h3", "The candidate against each model") if made else None,
-        _differences_table(made) if made else None,
+        _differences_table(made, interval_name(run)) if made else None,
         _metrics_table(run, present),
         id="accuracy",
     )
@@ -48,13 +47,13 @@ def _models_table(run: RunRecord, present: list[str]) -> Html:
             head_cell(model_mark(name)),
             _dot(scale, scores[name], name),
             cell(tag("b", percent(scores[name].get("value"))), cls="number main"),
-            cell(_between(scores[name]), cls="number quiet", label=INTERVAL),
+            cell(_between(scores[name]), cls="number quiet", label=interval_name(run)),
             [_pass_at(run, name, k) for k in ks],
             cls="candidate-row" if name == "candidate" else "",
         )
         for name in present
     ]
-    heads = ["Model", "", "Accuracy", INTERVAL, *(f"pass@{k}" for k in ks)]
+    heads = ["Model", "", "Accuracy", interval_name(run), *(f"pass@{k}" for k in ks)]
     return table("accuracy of each model", heads, [*rows, scale_row(scale, "share", 1, 2 + len(ks))], CARDS)
 
 
@@ -62,10 +61,10 @@ def _pass_at(run: RunRecord, name: str, k: str) -> Html:
     held = score(run, name, f"pass_at_{k}")
     interval = _between(held)
     return cell(percent(held.get("value")), cls="number", label=f"pass@{k}",
-                title=f"{INTERVAL} {interval}" if interval else None)  # fmt: skip
+                title=f"{interval_name(run)} {interval}" if interval else None)  # fmt: skip
 
 
-def _differences_table(made: list[Comparison]) -> Html:
+def _differences_table(made: list[Comparison], interval: str) -> Html:
     values = [number for one in made for number in (one.difference, *(one.interval or ()))]
     scale = nice_scale(values, floor=-1.0, ceiling=1.0, include=[0.0])
     rows = [
@@ -74,14 +73,14 @@ def _differences_table(made: list[Comparison]) -> Html:
             interval_cell(scale, one.difference, one.interval, "candidate"),
             cell(tag("b", points(one.difference)), cls="number main"),
             cell(f"{points(one.interval[0])} to {points(one.interval[1])}" if one.interval else MISSING,
-                 cls="number quiet", label=INTERVAL),
+                 cls="number quiet", label=interval),
             cell(p_value(one.p_value), cls="number", label="p-value"),
             cell(f"{count(one.wins)} / {count(one.losses)}", cls="number", label="won / lost"),
             cell(METRIC_NAMES.get(one.metric, one.metric), cls="number", label="by"),
         )
         for one in made
     ]  # fmt: skip
-    heads = ["Against", "", "Points", INTERVAL, "p-value", "Won / lost", "By"]
+    heads = ["Against", "", "Points", interval, "p-value", "Won / lost", "By"]
     in_points = Scale(scale.low * 100, scale.high * 100, tuple(round(tick * 100, 6) for tick in scale.ticks))
     return table("differences in percentage points", heads, [*rows, scale_row(in_points, "number", 1, 5)], CARDS)
 

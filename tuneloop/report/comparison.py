@@ -39,6 +39,12 @@ def score(run: RunRecord, model: str, metric: str = "accuracy") -> dict[str, Any
     return found if isinstance(found, dict) else {}
 
 
+def interval_name(run: RunRecord) -> str:
+    """What the intervals are called: `95% interval`, or what the run was asked for."""
+    confidence = run.evaluation.get("confidence") or dig(run.config, "evaluate", "confidence") or 0.95
+    return f"{confidence * 100:g}% interval"
+
+
 def interval_of(value: Any) -> tuple[float, float] | None:
     """`[low, high]` as two finite numbers, or None."""
     low, high = finite(dig(value, 0)), finite(dig(value, 1))

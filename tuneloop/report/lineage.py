@@ -72,6 +72,11 @@ def _checks(run: RunRecord) -> Html | None:
     held = [
         ("The KL reference is the warm-up's adapter", run.rl.get("reference_digest"), run.warmup.get("adapter_digest")),
         ("The merged adapter is the trained one", run.merge.get("adapter_digest"), run.rl.get("adapter_digest")),
+        (
+            "The evaluated adapter is the trained one",
+            run.evaluation.get("adapter_digest"),
+            run.rl.get("adapter_digest"),
+        ),
     ]
     rows = [
         tag(
@@ -87,10 +92,10 @@ def _checks(run: RunRecord) -> Html | None:
 
 
 def _facts(run: RunRecord) -> Html:
-    parent = run.promotion.get("previous_version")
+    parent = dig(run.evaluation, "incumbent", "version") or run.promotion.get("previous_version")
     name = run.promotion.get("adapter_name") or dig(run.config, "promote", "adapter_name")
     facts = [
-        ("Parent", f"{name}, version {parent}" if parent else ("none" if run.promotion else None)),
+        ("Parent", f"{name}, version {parent}" if parent else ("none" if run.evaluation else None)),
         ("Adapter digest", run.rl.get("adapter_digest")),
         ("Config digest", run.config_digest),
         ("Data fingerprint", run.data_card.get("fingerprint")),

@@ -3,7 +3,7 @@
 import json
 import re
 
-from tuneloop.report.comparison import comparisons, interval_of, score
+from tuneloop.report.comparison import comparisons, interval_name, interval_of, score
 from tuneloop.report.number import count, p_value, percent, points
 from tuneloop.report.run_record import MODELS, RunRecord, dig
 from tuneloop.report.verdict import headline, lead
@@ -68,7 +68,7 @@ def _evaluation(run: RunRecord) -> str:
     present = [model for model in MODELS if score(run, model)]
     if not present:
         return "## Evaluation\n\nThis run was not evaluated."
-    rows = ["| model | accuracy | 95% interval | prompts |", "|---|---:|---:|---:|"]
+    rows = [f"| model | accuracy | {interval_name(run)} | prompts |", "|---|---:|---:|---:|"]
     for model in present:
         held = score(run, model)
         interval = interval_of(held.get("ci95"))

@@ -1,6 +1,6 @@
 """The head of the page: what came of the run, in one sentence, one number and the gate's checks."""
 
-from tuneloop.report.comparison import METRIC_NAMES, Comparison, comparisons, score
+from tuneloop.report.comparison import METRIC_NAMES, Comparison, comparisons, interval_name, score
 from tuneloop.report.html import Html, join, tag
 from tuneloop.report.number import count, duration, p_value, percent, points
 from tuneloop.report.run_record import RunRecord, StepRecord, dig
@@ -107,9 +107,8 @@ def _numbers(run: RunRecord, main: Comparison | None) -> Html | None:
     if not main:
         return None
     interval = f"{points(main.interval[0])} to {points(main.interval[1])}" if main.interval else "—"
-    confidence = dig(run.config, "evaluate", "confidence") or 0.95
     facts = [
-        (f"{confidence:.0%} interval", interval),
+        (interval_name(run), interval),
         ("p-value", p_value(main.p_value)),
         ("prompts", count(main.prompts)),
         ("won and lost", f"{count(main.wins)} and {count(main.losses)}"),
@@ -145,11 +144,15 @@ def _gate(run: RunRecord) -> Html | None:
     return tag(
         "section",
         tag("h2", told),
-        tag("p", gate.get("reason") or ""),
+        tag("p", _sentence(gate.get("reason") or "")),
         tag("ul", checks, cls="checks") if checks else None,
         cls="gate",
         aria_label="gate",
     )
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _step_strip(run: RunRecord) -> Html:
