@@ -27,18 +27,18 @@ class JsonlSource:
         kind: the first part of the source's name.
     """
 
-    unit = "MB"
+    unit = "kB"
 
     def __init__(self, uri: str, parser: RowParser, limit: int = 0, kind: str = "jsonl"):
         self.uri, self.parser, self.limit = uri, parser, limit
         self.name = f"{kind}:{uri}"
-        self.total = local_size(uri) // 1_000_000
+        self.total = local_size(uri) // 1_000
         self._bytes = 0
 
     @property
     def consumed(self) -> int:
-        """Megabytes read of the (uncompressed) file."""
-        return self._bytes // 1_000_000
+        """Kilobytes read of the (uncompressed) file."""
+        return self._bytes // 1_000
 
     def records(self) -> Iterator[Record]:
         """Every line that is not blank, as in `Source.records`."""
