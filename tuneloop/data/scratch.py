@@ -108,7 +108,7 @@ class HashTable:
             return
         old_keys, old_values, old_path = self._keys, self.values, self._path("*")
         stale = list(self._folder.glob(old_path))
-        self._allocate(1 << (4 * count - 1).bit_length())
+        self._allocate(1 << (2 * count).bit_length())
         for start in range(0, len(old_keys), 1 << 16):
             keys = np.array(old_keys[start : start + (1 << 16)])
             used = keys.any(axis=1)
