@@ -130,6 +130,8 @@ def execute(step: Step, config: RunConfig, inputs: Mapping[str, str], output: st
         (partial / "step.json").write_text(json.dumps(result.__dict__, indent=2) + "\n")
         (partial / FINGERPRINT).unlink()
         os.replace(partial, target)
+    memory = result.peak_rss_bytes / 1e6
+    print(f"{step.name}: done in {result.seconds:.1f} s, peak memory {memory:,.0f} MB", flush=True)
     return result
 
 
@@ -176,8 +178,7 @@ def main(step: Step, argv: Sequence[str] | None = None) -> int:
 
 def _run_from_command_line(step: Step, arguments: argparse.Namespace) -> None:
     config = load_run_config(arguments.config, tuple(arguments.set))
-    result = execute(step, config, {name: getattr(arguments, name) for name in step.inputs}, arguments.output)
-    _print_done(result)
+    execute(step, config, {name: getattr(arguments, name) for name in step.inputs}, arguments.output)
 
 
 class MetricsSink(Protocol):
@@ -220,7 +221,6 @@ def run_in_pipeline(
         step = importlib.import_module(f"components.{name}.step").STEP
         result = execute(step, resolve_parameters(config, parameters or {}), inputs or {}, target)
         _log_metrics(result, metrics)
-        _print_done(result)
 
     _run_framed(name, output_uri, run)
     return target
@@ -229,20 +229,27 @@ def run_in_pipeline(
 def _run_framed(name: str, output_uri: str, action: Callable[[], None]) -> None:
     """Run a node between the two lines that frame its output, and record its failure beside its output."""
     print(f"{STEP_BEGINS}{name}", flush=True)
-    failed = Path(local_path(output_uri), f"{name}.failed.json")
-
-    def record(exit_code: int, message: str) -> None:
-        with contextlib.suppress(OSError):  # a full or read-only disk: the line on stderr has to do
-            failed.write_text(json.dumps({"step": name, "exit_code": exit_code, "message": message}) + "\n")
+    run_folder = local_path(output_uri)
 
     def start() -> None:
-        failed.unlink(missing_ok=True)
+        _failure_file(run_folder, name).unlink(missing_ok=True)
         action()
 
-    exit_code = exit_code_of(start, record)
+    exit_code = exit_code_of(start, lambda code, message: record_failure(run_folder, name, code, message))
     print(f"{STEP_ENDS}{name}", flush=True)
     if exit_code != EXIT_OK:
         raise SystemExit(exit_code)
+
+
+def record_failure(run_folder: Path, step: str, exit_code: int, message: str) -> None:
+    """Write `<step>.failed.json`: `{"step", "exit_code", "message"}`."""
+    with contextlib.suppress(OSError):  # a full or read-only disk: the line on stderr has to do
+        record = {"step": step, "exit_code": exit_code, "message": message}
+        _failure_file(run_folder, step).write_text(json.dumps(record) + "\n")
+
+
+def _failure_file(run_folder: Path, step: str) -> Path:
+    return run_folder / f"{step}.failed.json"
 
 
 def publish_config(check_uri: str, output_uri: str) -> str:
@@ -278,11 +285,6 @@ def _log_metrics(result: StepResult, metrics: MetricsSink | None) -> None:
     for metric, value in numbers.items():
         if isinstance(value, int | float):
             metrics.log_metric(metric, float(value))
-
-
-def _print_done(result: StepResult) -> None:
-    memory = result.peak_rss_bytes / 1e6
-    print(f"{result.step}: done in {result.seconds:.1f} s, peak memory {memory:,.0f} MB", flush=True)
 
 
 def exit_code_of(action: Callable[[], object], on_failure: Callable[[int, str], None] = lambda *_: None) -> int:

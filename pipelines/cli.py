@@ -102,14 +102,15 @@ def _run_pipeline(config, folder: Path) -> int:
     again = f"python -m pipelines run --resume {shlex.quote(str(folder))}"
     from pipelines.local import run_locally
     from pipelines.summary import exit_code, report_line, summary
+    from tuneloop.report import build_report
 
     try:
         run_locally(config, folder)
     except TryAgain as error:
         raise TryAgain(f"{error}; continue with: {again}") from None
     except TuneloopError:
-        if (folder / "report" / "report.html").exists():
-            print(report_line(folder))
+        build_report(folder)  # the pipeline's own one was made before the cause was known
+        print(report_line(folder))
         print(f"once the cause is gone, continue with: {again}", flush=True)
         raise
     print(summary(folder), flush=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -13,9 +14,10 @@ from types import FrameType
 from typing import TextIO
 
 from components.config import RunConfig
+from components.runner import record_failure
 from pipelines.step_log import StepLog
 from tuneloop.config import resolved_json
-from tuneloop.errors import TryAgain, TuneloopError
+from tuneloop.errors import EXIT_GATE_REFUSED, EXIT_TRY_AGAIN, EXIT_USER_ERROR, TryAgain, TuneloopError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _SHELLS = ("sh", "bash", "dash")  # kfp wraps every step in one
@@ -41,8 +43,7 @@ def run_locally(config: RunConfig, run_folder: Path) -> None:
         failed.unlink()
     with tempfile.TemporaryDirectory(prefix="tuneloop-", ignore_cleanup_errors=True) as scratch, _Stop() as stop:
         try:
-            with _environment(scratch), contextlib.redirect_stdout(log), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # kfp: an image without "python" in its name; nothing runs in it here
+            with _environment(scratch), contextlib.redirect_stdout(log), _quiet(log):
                 _run_pipeline(config, run_folder, scratch)
         except KeyboardInterrupt:
             raise TryAgain("stopped before the next step began") from None
@@ -80,15 +81,31 @@ def _environment(scratch: str) -> Iterator[None]:
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def _failure(run_folder: Path, log: StepLog, error: RuntimeError) -> TuneloopError:
+@contextlib.contextmanager
+def _quiet(log: StepLog) -> Iterator[None]:
+    """Keep kfp's own warnings in the log, which hides them: they speak of images, and nothing runs in one here."""
+    handler = logging.StreamHandler(log)
+    logging.getLogger().addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+def _failure(run_folder: Path, log: StepLog, error: RuntimeError) -> StepFailed:
     for file in sorted(run_folder.glob("*.failed.json"), key=lambda path: path.stat().st_mtime):
         failed = json.loads(file.read_text())
-        bug = "" if failed["exit_code"] in (2, 3, 75) else " (its traceback is in the log above)"
-        return StepFailed(f"{failed['step']}: {failed['message']}{bug}", failed["exit_code"])
+        known = failed["exit_code"] in (EXIT_USER_ERROR, EXIT_GATE_REFUSED, EXIT_TRY_AGAIN)
+        where = "" if known else " (its traceback is in the log above)"
+        return StepFailed(f"{failed['step']}: {failed['message']}{where}", failed["exit_code"])
     if killed := log.killed or log.step:
-        return StepFailed(f"{killed}: was killed, most likely for lack of memory; what it had saved is kept", 1)
+        message = "was killed, most likely for lack of memory; what it had saved is kept"
+        record_failure(run_folder, killed, 1, message)
+        return StepFailed(f"{killed}: {message}", 1)
     sys.stdout.write(log.hidden() + "\n")
-    return StepFailed(f"a step could not start: {error}; the log is above", 1)
+    return StepFailed(f"a step could not start ({error}); what it printed is above", 1)
 
 
 class _Stop:

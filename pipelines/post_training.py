@@ -63,6 +63,6 @@ def post_training(
         training = _task(lora_rl, data=data, warmup=warmup, **run).outputs["Output"]
         merging = _task(merge_adapter, training=training, data=data, warmup=warmup, **run)
         evaluation = _task(evaluate, data=data, warmup=warmup, training=training, **run).after(merging)
-        with dsl.If(evaluation.outputs["gate_passed"] == True, name="gate-passed"):  # noqa: E712 - builds a condition
+        with dsl.If(evaluation.outputs["Output"] == True, name="gate-passed"):  # noqa: E712 - builds a condition
             evidence = {"evaluation": evaluation.outputs["uri"], "data": data, "merge": merging.outputs["Output"]}
             _task(promote, training=training, **evidence, **run)

@@ -21,6 +21,8 @@ def summary(folder: Path) -> str:
     gate = evaluation["gate"]
     lines.append(f"gate: {'passed' if gate['passed'] else 'not passed'}: {gate['reason']}")
     if gate["passed"]:
+        if not (folder / "promote").exists():
+            raise RuntimeError("the gate passed, and the pipeline did not run promote")
         promotion = _read(folder / "promote" / "promotion.json")
         named = f"{promotion['adapter_name']} version {promotion['version']}"
         lines.append(f"promoted: {named} is now {promotion['alias']}")

@@ -10,8 +10,11 @@ from components.images import BASE_IMAGE
 @dsl.component(base_image=BASE_IMAGE, install_kfp_package=False, packages_to_install=[])
 def evaluate(
     config: str, output_uri: str, data: str, warmup: str, training: str, metrics: dsl.Output[dsl.Metrics]
-) -> NamedTuple("Outputs", [("uri", str), ("gate_passed", bool)]):  # type: ignore[valid-type]
-    """Compare base, warm-up, candidate and incumbent on held-out prompts; returns the gate's verdict."""
+) -> NamedTuple("Outputs", [("uri", str), ("Output", bool)]):  # type: ignore[valid-type]
+    """Compare base, warm-up, candidate and incumbent on held-out prompts; returns the URI and the gate's verdict.
+
+    The verdict is called Output because kfp.local resolves a condition on an output of no other name.
+    """
     import json
 
     from components.runner import run_in_pipeline

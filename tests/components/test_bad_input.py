@@ -1,4 +1,4 @@
-"""One table of everything that a user can get wrong, run through the steps' own command lines.
+"""One table of what a user can get wrong, run through the steps' own command lines.
 
 Every case must end with exit code 2, print exactly one line that names what to change, and leave every file as it was.
 """
@@ -110,6 +110,17 @@ def adapter_for_another_base(folder: Path) -> None:
     save_adapter(extract(layers, peft_config(lora, layers, model, uri)), folder / "warmup" / "adapter")
 
 
+def adapter_without_record(folder: Path) -> None:
+    adapter_for_another_base(folder)
+    (folder / "warmup").rename(folder / "training")
+
+
+def exchanged_adapter(folder: Path) -> None:
+    adapter_without_record(folder)
+    record = {"updates": 1, "adapter_digest": "0" * 64, "base_uri": "tiny://qwen2?seed=0"}
+    (folder / "training" / "rl.json").write_text(json.dumps(record))
+
+
 MODEL = "model.uri=$TMP/model"
 OLD_CONFIG = '[model]\nuri = "tiny://qwen2"\n[task]\n'
 
@@ -205,6 +216,12 @@ CASES = (
     Case("reward above 1", "lora_rl", r"outside \[0, 1\]", set=(reward("bad_rewards:ten"),)),
     # Merging
     Case("training missing", "merge_adapter", "rl.json: missing or damaged", inputs={"training": "$TMP"}),
+    Case("adapter exchanged after training", "merge_adapter", "is not the adapter that rl.json names", inputs={"training": "$TMP/training"}, arrange=exchanged_adapter),
+    # Evaluation and promotion
+    Case("fewer held-out prompts than demanded", "evaluate", "held-out prompts, fewer than evaluate.min_prompts = 250", set=("evaluate.prompts=250", "evaluate.min_prompts=250"), inputs={"training": "$TMP"}),
+    Case("candidate without its record", "evaluate", "rl.json: missing or damaged", inputs={"training": "$TMP/training"}, arrange=adapter_without_record),
+    Case("not an evaluation", "promote", "evaluation.json", inputs={"evaluation": "$TMP", "training": "$TMP", "merge": "$TMP"}),
+    Case("damaged evaluation", "promote", "evaluation.json", inputs={"evaluation": "$TMP", "training": "$TMP", "merge": "$TMP"}, files={"evaluation.json": b'{"gate": 1}'}),
 )  # fmt: skip
 
 BAD_REWARDS = """
