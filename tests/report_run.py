@@ -83,6 +83,7 @@ def _data(folder: Path) -> None:
             "rows": {"read": 6003, "kept": 5629, "quarantined": 3,
                      "dropped": {"exact_duplicate": 371, "near_duplicate": 0, "contaminated": 0}},
             "splits": {"train": 4790, "validation": 275, "test": 564},
+            "contamination": {"training_rows": 4790, "evaluation_rows": 839, "overlapping": 0},
             "lengths": {"prompt_tokens": {"min": 31, "p50": 34, "p95": 36, "max": 36, "mean": 34.1},
                         "completion_tokens": {"min": 2, "p50": 3, "p95": 4, "max": 5, "mean": 3.42}},
             "sources": [{"source": "reasoning_gym:chain_sum", "read": 6003, "kept": 5629}],

@@ -90,7 +90,7 @@ def test_every_beginning_of_a_run_has_a_report(tmp_path, reached):
     visible, _, card, summary = built(run)
     assert summary["status"] == "failed"
     assert summary["error"].startswith(f"{STEPS[reached]} was not run")
-    assert f"The run stopped in {STEPS[reached]}" in visible
+    assert f"The run stopped before {STEPS[reached]}" in visible
     done = [summary["seconds"][step] is not None for step in STEPS]
     assert done == [True] * reached + [False] * (len(STEPS) - reached)
     assert ("Rows read" in visible) == (reached > STEPS.index("data_prep"))
@@ -103,7 +103,7 @@ def test_every_beginning_of_a_run_has_a_report(tmp_path, reached):
 def test_empty_folder_has_a_report(tmp_path):
     (tmp_path / "run").mkdir()
     visible, _, _, summary = built(tmp_path / "run")
-    assert "The run stopped in check" in visible
+    assert "The run stopped before check" in visible
     assert summary["config_digest"] is None
     assert summary["gate"] is None
 
@@ -139,7 +139,7 @@ def test_callers_error_is_told_when_the_folder_knows_none(tmp_path):
     run = stop_after(make_run(tmp_path / "run"), 3)
     visible, _, _, summary = built(run, "the node\nwent away")
     assert summary["error"] == "the node went away"
-    assert "The run stopped in lora_rl" in visible
+    assert "The run stopped before lora_rl" in visible
 
 
 def test_texts_are_escaped_everywhere(tmp_path):
@@ -244,6 +244,15 @@ def test_digests_that_disagree_are_shown(tmp_path):
     assert "✓ The merged adapter is the trained one" in built(run)[0]
     (run / "merge_adapter" / "merge.json").write_text(json.dumps({"adapter_digest": "e" * 64}))
     assert "✗ The merged adapter is the trained one: no, eeeeeeeeeeee is not cccccccccccc" in built(run)[0]
+
+
+def test_training_on_held_out_prompts_is_shown(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "✓ None of the 839 held-out prompts is among the training prompts." in built(run)[0]
+    card = json.loads((run / "data_prep" / "data_card.json").read_text())
+    card["contamination"]["overlapping"] = 12
+    (run / "data_prep" / "data_card.json").write_text(json.dumps(card))
+    assert "✗ 12 of the 839 held-out prompts is among" in built(run)[0]
 
 
 def test_report_is_replaced_whole_and_is_the_same_again(tmp_path):

@@ -61,6 +61,8 @@ def test_scale_stays_inside_natural_bounds():
     scale = nice_scale([0.97, 1.0], floor=0.0, ceiling=1.0)
     assert scale.high == 1.0
     assert nice_scale([0.0, 0.0], floor=0.0, include=[0.0]).low == 0.0
+    assert (nice_scale([0.0]).low, nice_scale([0.0]).high) == (0.0, 1.0)
+    assert nice_scale([1.0, 1.0], floor=0.0, ceiling=1.0).high == 1.0
 
 
 def test_neighbouring_ticks_never_share_a_label():

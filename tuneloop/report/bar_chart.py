@@ -26,7 +26,7 @@ def scale_row(scale: Scale, unit: str, before: int, after: int) -> Html:
 
 def bar_cell(share: float | None, colour: str = "neutral") -> Html:
     """A horizontal bar as long as `share` of the cell."""
-    bar = None if share is None else tag("i", cls="bar", style=f"width:{max(share * 100, 0.4):.3f}%")
+    bar = None if not share else tag("i", cls="bar", style=f"width:{max(share * 100, 0.4):.3f}%")
     return cell(tag("div", bar, cls=f"bar-track c-{colour}", aria_hidden="true"), cls="chart-cell")
 
 

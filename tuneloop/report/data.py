@@ -25,6 +25,7 @@ def data(run: RunRecord, *, characters: int = 700) -> Html | None:
         tag("h2", "Data"),
         tag("p", _sources(card), cls="note"),
         tag("div", _counts(card), _lengths(card), cls="two-columns"),
+        _overlap(card),
         _quarantine(run, characters),
         _examples(card, characters),
         id="data",
@@ -72,6 +73,17 @@ def _lengths(card: dict[str, Any]) -> Html | None:
         for name, held in lengths.items()
     ]
     return table("lengths in tokens", ("", *columns), body, caption="Lengths in tokens") if body else None
+
+
+def _overlap(card: dict[str, Any]) -> Html | None:
+    """Whether a held-out prompt was trained on too."""
+    shared, held_out = dig(card, "contamination", "overlapping"), dig(card, "contamination", "evaluation_rows")
+    if finite(shared) is None or finite(held_out) is None:
+        return None
+    number = count(shared) if shared else "None"
+    told = f"{number} of the {count(held_out)} held-out prompts is among the training prompts."
+    mark = tag("span", "✗" if shared else "✓", cls="mark", aria_hidden="true")
+    return tag("ul", tag("li", mark, tag("span", told), cls="bad" if shared else "good"), cls="checks")
 
 
 def _quarantine(run: RunRecord, characters: int) -> Html | None:

@@ -58,12 +58,10 @@ def nice_scale(
     held = [*values, *include] or [0.0, 1.0]
     low, high = min(held), max(held)
     if high - low <= max(abs(high), abs(low)) * 1e-9:
-        margin = abs(high) * 0.1 or 0.5
-        low, high = low - margin, high + margin
+        margin = abs(high) * 0.1
+        low, high = (low - margin, high + margin) if margin else (0.0, 1.0)
         low = max(low, floor) if floor is not None else low
         high = min(high, ceiling) if ceiling is not None else high
-        if high <= low:
-            low, high = low - margin, high + margin
     step = _round_step((high - low) / count)
     step = max(1.0, step) if whole else step
     low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step

@@ -33,8 +33,10 @@ def verdict(run: RunRecord) -> Html:
 def headline(run: RunRecord) -> str:
     """The outcome in one sentence."""
     if run.failure:
-        where = f" in {run.failure.step}" if run.failure.step else ""
-        return f"The run {'stopped' if _only_stopped(run) else 'failed'}{where}"
+        verb = "stopped" if _only_stopped(run) else "failed"
+        step = run.steps.get(run.failure.step or "")
+        where = f" {'before' if step.state == 'not reached' else 'in'} {step.name}" if step else ""
+        return f"The run {verb}{where}"
     if run.status == "promoted":
         version = dig(run.promotion, "version")
         return "The candidate is better, and is now " + (f"version {version}" if version else "in production")
