@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from tuneloop.models import attention
 from tuneloop.models.forward import score
+from tuneloop.models.fused import fuse
 from tuneloop.models.lora import LoraLinear, attach
 from tuneloop.models.packed import pack
 from tuneloop.settings import LoraSettings
@@ -131,3 +132,21 @@ def test_chunked_attention_and_head_equal_unchunked(monkeypatch: pytest.MonkeyPa
     for module, factors in gradients(layers).items():
         for mine, expected in zip(factors, reference[module], strict=True):
             torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_fused_layers_equal_transformers_own(name: str):
+    model, layers = adapted_model(name)
+    batch = pack(random_groups(5))
+    plain = score(model, batch).logprobs_S
+    plain.sum().backward()
+    expected = gradients(layers)
+    fuse(model)
+    assert "forward" in vars(model.model.norm), "the model's norms were not replaced"
+    assert "forward" in vars(model.model.layers[0].mlp), "the model's gated activations were not replaced"
+    fused = score(model, batch).logprobs_S
+    fused.sum().backward()
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+    for module, factors in gradients(layers).items():
+        for mine, reference in zip(factors, expected[module], strict=True):
+            torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tuneloop.errors import UserError
 from tuneloop.models import attention
+from tuneloop.models.fused import fuse
 from tuneloop.models.quiet import no_progress_bars
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -30,6 +31,7 @@ def load_model(folder: Path, dtype: str, device: torch.device | str | None = Non
             )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: cannot be loaded as a causal language model ({error})") from None
+    fuse(model)
     return model.to(device or default_device()).eval().requires_grad_(False)
 
 

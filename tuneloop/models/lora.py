@@ -51,13 +51,14 @@ class _LoraMatmul(torch.autograd.Function):
         low = rows @ a.T
         y = rows @ weight.T
         y.addmm_(low, b.T, alpha=scaling)
-        ctx.save_for_backward(rows, weight, a, b, low)
-        ctx.scaling, ctx.shape = scaling, x.shape
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.scaling = scaling
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[override]
-        rows, weight, a, b, low = ctx.saved_tensors
+        x, weight, a, b, low = ctx.saved_tensors
+        rows = x.reshape(-1, x.shape[-1])
         gradient = gradient.reshape(-1, weight.shape[0])
         gradient_low = (gradient @ b).mul_(ctx.scaling)
         gradient_b = (gradient.T @ low).mul_(ctx.scaling)
@@ -66,7 +67,7 @@ class _LoraMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gradient_x = gradient @ weight
             gradient_x.addmm_(gradient_low, a)
-            gradient_x = gradient_x.view(ctx.shape)
+            gradient_x = gradient_x.view(x.shape)
         if ctx.needs_input_grad[1]:
             gradient_w = gradient.T @ rows
         return gradient_x, gradient_w, gradient_a, gradient_b, None

@@ -1,7 +1,8 @@
 """Folding a LoRA adapter into its base model, piece by piece: memory does not grow with the model.
 
 Every target weight W becomes round(W + scaling * B @ A): the product and the sum are computed in fp32 and rounded once
-to the output's dtype. All other tensors are copied as they are.
+to the output's dtype, to bfloat16 without bias (`rounding.py`). The bits are those that the rollout engine samples
+from. All other tensors are copied as they are.
 
 Shapes: A (_R, in), B (out, _R), W (out, in), or (in, out) where the layer is stored transposed.
 """
@@ -18,6 +19,7 @@ import torch
 from tuneloop.errors import UserError
 from tuneloop.models.adapter_io import CONFIG_NAME, Adapter, load_adapter, match_pattern
 from tuneloop.models.model_card import ModelCard
+from tuneloop.models.rounding import PERIOD, round_unbiased
 from tuneloop.models.safetensors_shards import (
     FLOAT_DTYPES,
     TORCH_DTYPES,
@@ -35,8 +37,7 @@ from tuneloop.progress import Progress
 
 MergeDtype = Literal["base", "bfloat16", "float16", "float32"]
 _STORED_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_DTYPE_NAMES = {stored: name for name, stored in _STORED_NAMES.items()} | {"F64": "float64"}
-_PIECE_ELEMENTS = 1 << 20  # 4 MB of fp32: the piece stays in the processor's cache between the passes over it
+_DTYPE_NAMES = {stored: name for name, stored in _STORED_NAMES.items()}
 _LARGEST_FLOAT16 = 65504.0
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 # What PEFT can put into an adapter beside A and B: key of its config -> the value that means "not there".
@@ -134,7 +135,6 @@ class _Merger:
         self._adapter, self._stored, self._targets = adapter, stored, targets
         self._merged: list[str] = []
         self._changed = self._elements = 0
-        self._delta = torch.empty(0)
 
     def write(self, spec: TensorSpec, reader: TensorReader, writer: ShardWriter) -> None:
         """Append the output tensor `spec`: merged, converted or copied."""
@@ -145,9 +145,9 @@ class _Merger:
         elif stored.spec.dtype == spec.dtype:
             writer.copy(stored)
         else:
-            for start in range(0, spec.elements, _PIECE_ELEMENTS):
-                piece = reader.read(stored, start, min(_PIECE_ELEMENTS, spec.elements - start))
-                writer.write(_bytes_of(_rounded(piece, spec)))
+            for start in range(0, spec.elements, PERIOD):
+                piece = reader.read(stored, start, min(PERIOD, spec.elements - start))
+                writer.write(_bytes_of(_in_range(piece, spec).to(TORCH_DTYPES[spec.dtype])))
 
     def _write_merged(
         self, module: str, stored: StoredTensor, spec: TensorSpec, reader: TensorReader, writer: ShardWriter
@@ -155,16 +155,14 @@ class _Merger:
         a, b = (factor.to(torch.float32) for factor in self._adapter.factors[module])
         left, right = (a.T, b.T) if self._adapter.config.get("fan_in_fan_out") else (b, a)
         scaling, columns = self._adapter.scaling(module), right.shape[1]
-        rows = max(1, _PIECE_ELEMENTS // columns)
-        if self._delta.numel() < rows * columns:
-            self._delta = torch.empty(rows * columns)
+        rows = max(1, PERIOD // columns)  # the engine's pieces, so that sums are taken in the same order
         for start in range(0, left.shape[0], rows):
             part = left[start : start + rows]
             weight = reader.read(stored, start * columns, part.shape[0] * columns).view(part.shape[0], columns)
-            delta = self._delta[: weight.numel()].view_as(weight)
-            torch.mm(part, right, out=delta)
-            merged = _rounded(delta.mul_(scaling).add_(weight), spec)
-            self._changed += int((merged != weight.to(merged.dtype)).sum())
+            before = weight.to(TORCH_DTYPES[spec.dtype])  # a wider base is rounded first, as loading it does
+            total = torch.addmm(before.float(), part, right, alpha=scaling)
+            merged = round_unbiased(_in_range(total, spec), before.dtype, start * columns)
+            self._changed += int((merged != before).sum())
             writer.write(_bytes_of(merged))
         self._elements += spec.elements
         self._merged.append(module)
@@ -186,15 +184,15 @@ class _Merger:
         )
 
 
-def _rounded(values: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """`values` in the output's dtype.
+def _in_range(values: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """`values` themselves.
 
     Raises:
-        UserError: a value is finite, but not in float16.
+        UserError: the output is float16, and a value lies beyond its range.
     """
     if spec.dtype == "F16" and values.abs().max() > _LARGEST_FLOAT16:
         raise UserError(f"{spec.name}: has values beyond float16's range; set merge_adapter.dtype to bfloat16")
-    return values.to(TORCH_DTYPES[spec.dtype])
+    return values
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -274,7 +272,7 @@ def _match_targets(adapter: Adapter, tensors: list[StoredTensor], base: Path) ->
             raise UserError(f"{base}: {module} has shape {list(spec.shape)}, but the adapter was trained on "
                             f"{list(expected)}; name the adapter's own base")  # fmt: skip
         if spec.dtype not in FLOAT_DTYPES:
-            raise UserError(f"{base}: {module} is stored as {spec.dtype}; name the unquantised model")
+            raise UserError(f"{base}: {module} is stored as {spec.dtype}; name a model in bfloat16, float16 or float32")
         targets[spec.name] = module
     return targets
 

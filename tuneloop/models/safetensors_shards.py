@@ -32,7 +32,7 @@ TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+FLOAT_DTYPES = ("F32", "F16", "BF16")
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 

@@ -68,7 +68,7 @@ def _invert(weights_RV: torch.Tensor, row_A: torch.Tensor, uniform_A: torch.Tens
 
 def _truncated(weights_RV: torch.Tensor, sampling: SamplingSettings) -> torch.Tensor:
     """Zero all but the top_k largest weights, then all past the smallest set that holds top_p of the mass."""
-    ordered_RV, order_RV = weights_RV.sort(-1, descending=True, stable=True)
+    ordered_RV, order_RV = weights_RV.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:
         ordered_RV[:, sampling.top_k :] = 0.0
     if sampling.top_p < 1.0:

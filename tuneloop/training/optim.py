@@ -31,9 +31,10 @@ class MasterAdamW:
         self._master.grad = torch.zeros_like(self._master)
         self._views = dict(zip(self._parameters, self._master.split(sizes), strict=True))
         gradients = dict(zip(self._parameters, self._master.grad.split(sizes), strict=True))
+        self._hooks = []
         for name, parameter in self._parameters.items():
             self._views[name].copy_(parameter.detach().flatten())
-            parameter.register_post_accumulate_grad_hook(_collector(gradients[name]))
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(_collector(gradients[name])))
         self._adam = torch.optim.AdamW(
             [self._master],
             lr=settings.learning_rate,
@@ -71,6 +72,11 @@ class MasterAdamW:
         gradient.zero_()
         self.updates += 1
         return norm, rate
+
+    def release(self) -> None:
+        """Leave the parameters to another optimiser."""
+        for hook in self._hooks:
+            hook.remove()
 
     @torch.no_grad()
     def _write_back(self) -> None:

