@@ -2,7 +2,8 @@
 
 Rows are derived from a GSM8K file: every question gets a sentence of its own, so that all are distinct. The step runs
 as its users run it, in a process of its own; start-up counts. The tokenizer alone encodes the same rendered prompts and
-completions on all cores, before and after the step; the faster of the two counts, and rendering is not timed.
+completions on all cores, before and after the step; the faster of the two counts, and rendering is not timed. Seconds of
+CPU time a row are given too: on a machine that does other work, they tell more than the clock.
 
     python -m benchmarks.data_prep --gsm8k train.jsonl --rows 1000000
 """
@@ -10,6 +11,7 @@ completions on all cores, before and after the step; the faster of the two count
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,7 @@ from typing import Any
 from components.config import RunConfig, load_run_config
 
 RESULTS = Path(__file__).parent / "results"
-REFERENCE_ROWS = 100_000
+REFERENCE_ROWS = 50_000
 CHUNK_TEXTS = 1024
 
 
@@ -53,10 +55,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     run_config = load_run_config(config)
     before = tokenizer_rates(run_config, min(REFERENCE_ROWS, arguments.rows))
     command = [sys.executable, "-m", "components.data_prep", "--config", config, "--output", folder / "output"]
+    cpu_before = _cpu_seconds(resource.RUSAGE_CHILDREN)
     subprocess.run([str(part) for part in command], check=True)
+    cpu = _cpu_seconds(resource.RUSAGE_CHILDREN) - cpu_before
     after = tokenizer_rates(run_config, min(REFERENCE_ROWS, arguments.rows))
     step = json.loads((folder / "output" / "step.json").read_text())
-    alone = {name: max(before[name], after[name]) for name in before}
+    alone = {name: max(before[name][0], after[name][0]) for name in before}
+    alone_cpu = {name: min(before[name][1], after[name][1]) for name in before}
     rate = arguments.rows / step["seconds"]
     return {
         "benchmark": "data_prep",
@@ -68,6 +73,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "seconds": step["seconds"],
         "rows_per_second": round(rate),
         "peak_rss_mb": round(step["peak_rss_bytes"] / 1e6),
+        "cpu_microseconds_a_row": round(1e6 * cpu / arguments.rows, 1),
+        "tokenizer_cpu_microseconds_a_row": {name: round(1e6 * value, 1) for name, value in alone_cpu.items()},
+        "load_average": round(os.getloadavg()[0], 1),
         "tokenizer_rows_per_second": {name: round(value) for name, value in alone.items()},
         "ratio_to_tokenizer": {name: round(rate / value, 3) for name, value in alone.items()},
     }
@@ -95,8 +103,8 @@ def write_config(folder: Path, data: Path, arguments: argparse.Namespace) -> Pat
     return config
 
 
-def tokenizer_rates(config: RunConfig, rows: int) -> dict[str, float]:
-    """Rows per second of the tokenizer's two batch calls on the rendered prompts and completions."""
+def tokenizer_rates(config: RunConfig, rows: int) -> dict[str, tuple[float, float]]:
+    """(rows per second, CPU seconds a row) of the tokenizer's two batch calls on rendered prompts and completions."""
     from components.data_prep.step import make_source
     from tuneloop.data.prompt_template import PromptTemplate
     from tuneloop.data.tokens import load_tokenizer
@@ -110,11 +118,16 @@ def tokenizer_rates(config: RunConfig, rows: int) -> dict[str, float]:
     rates = {}
     for name in ("encode_batch", "encode_batch_fast"):
         encode = getattr(backend, name)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         for chunk in _chunks(texts):
             encode(chunk, add_special_tokens=False)
-        rates[name] = rows / (time.perf_counter() - started)
+        rates[name] = (rows / (time.perf_counter() - started), (time.process_time() - cpu) / rows)
     return rates
+
+
+def _cpu_seconds(who: int) -> float:
+    usage = resource.getrusage(who)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _chunks(texts: list[str]) -> Iterator[list[str]]:

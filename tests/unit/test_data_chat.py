@@ -105,6 +105,9 @@ def test_fast_rendering_equals_the_template(name):
         text = f"What is {number} + {number}?"
         expected = prompt_text(made, [{"role": "system", "content": " s "}, {"role": "user", "content": text}])
         assert template.render(("system", "user"), (" s ", text)) == expected
+    for text in ("  padded\n", "<think>so</think>4", "tuneloop1slot"):
+        expected = prompt_text(made, [{"role": "system", "content": " s "}, {"role": "user", "content": text}])
+        assert template.render(("system", "user"), (" s ", text)) == expected
 
 
 def test_fast_rendering_skips_the_template():

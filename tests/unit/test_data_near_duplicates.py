@@ -52,6 +52,23 @@ def test_the_last_ngram_of_a_row_does_not_reach_into_the_next(tmp_path):
         assert (together[row] == index.signatures([text])[0][0]).all()
 
 
+def test_only_whole_ngrams_count(tmp_path):
+    signatures, _ = near(tmp_path).signatures(["a b c", "z b c"])
+    assert (signatures[0] != signatures[1]).all()
+
+
+def test_earlier_batches_are_searched_like_the_own_one(tmp_path):
+    rng = random.Random(3)
+    texts = [" ".join(rng.choice("abcdef") for _ in range(12)) for _ in range(1_500)]  # many share a band by chance
+    dropped = []
+    for batch in (1_500, 100, 3):
+        index = near(tmp_path / str(batch), threshold=0.5, ngram=2, permutations=16)
+        parts = [index.drop(texts[start : start + batch]) for start in range(0, len(texts), batch)]
+        dropped.append(np.flatnonzero(np.concatenate(parts)).tolist())
+    assert dropped[0] == dropped[1] == dropped[2]
+    assert 100 < len(dropped[0]) < 1_400
+
+
 def test_operators_tell_sums_apart(tmp_path):
     assert near(tmp_path).drop(["3 + 4 =", "3 - 4 =", "3 + 4 ="]).tolist() == [False, False, True]
 

@@ -6,11 +6,12 @@ import random
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from tuneloop.data.card import length_statistics
+from tuneloop.data.card import DataCard, length_statistics
 from tuneloop.data.chat import render_completion, render_prompt
 from tuneloop.data.columns import ColumnParser
 from tuneloop.data.prepare import NearDuplicateRule, PrepareSettings, prepare
 from tuneloop.data.reader import read_examples
+from tuneloop.data.record import Row
 from tuneloop.data.schema import SPLITS
 from tuneloop.data.sources import JsonlSource
 from tuneloop.errors import UserError
@@ -194,6 +195,17 @@ def test_the_fingerprint_follows_the_kept_rows(tokenizer, tmp_path):
         assert run(tokenizer, tmp_path, changed, name)[0]["fingerprint"] != base["fingerprint"]
     moved, _ = run(tokenizer, tmp_path, rows, "moved", test_share=0.5)
     assert moved["fingerprint"] != base["fingerprint"]
+
+
+@pytest.mark.parametrize("changed", [{"answer": "3"}, {"completion": "it is 3"}])
+def test_the_fingerprint_sees_answer_and_completion_apart(changed):
+    def fingerprint(**fields):
+        card = DataCard()
+        card.keep("train", "0" * 32, Row(("user",), ("1 + 1",), **{"answer": "2", "completion": "it is 2", **fields}))
+        card.prompt_tokens[1] = card.completion_tokens[1] = 1
+        return json.loads(card.as_json())["fingerprint"]
+
+    assert fingerprint(**changed) != fingerprint()
 
 
 def test_the_card_describes_the_kept_rows(tokenizer, tmp_path):

@@ -81,7 +81,7 @@ def _lines(stream: io.BufferedReader, uri: str) -> Iterator[bytes]:
     """
     try:
         _refuse_binary(stream.peek(_HEAD_BYTES)[:_HEAD_BYTES], uri)
-        line = stream.readline(_LINE_BYTES).removeprefix(b"\xef\xbb\xbf")
+        line = stream.readline(_LINE_BYTES)
         while line:
             if len(line) >= _LINE_BYTES:
                 raise UserError(f"{uri}: has a line of over {_LINE_BYTES >> 20} MiB, so it is no JSON Lines file")
