@@ -2,8 +2,8 @@
 
 Rows are derived from a GSM8K file: every question gets a sentence of its own, so that all are distinct. The step runs
 as its users run it, in a process of its own; start-up counts. The tokenizer alone encodes the same rendered prompts and
-completions on all cores, before and after the step; the faster of the two counts, and rendering is not timed. Seconds of
-CPU time a row are given too: on a machine that does other work, they tell more than the clock.
+completions on all cores, before and after the step; the faster of the two counts, and rendering is not timed. CPU time
+a row is given too: on a machine that does other work, it tells more than the clock.
 
     python -m benchmarks.data_prep --gsm8k train.jsonl --rows 1000000
 """
