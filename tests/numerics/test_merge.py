@@ -1,4 +1,4 @@
-"""Merging: exact deltas by hand, one rounding, every kind of adapter, and nothing left when it fails.
+"""Merging: exact deltas by hand, one unbiased rounding, every kind of adapter, and nothing left when it fails.
 
 Factors are small multiples of powers of two wherever results are compared bit by bit: products and sums are then exact
 in fp32, whatever the order of summation.
@@ -32,6 +32,7 @@ from tuneloop.errors import UserError
 from tuneloop.models import merge as merge_module
 from tuneloop.models.adapter_io import Adapter, save_adapter
 from tuneloop.models.merge import merge_adapter
+from tuneloop.models.rounding import fold, round_unbiased
 from tuneloop.models.safetensors_shards import ShardWriter
 from tuneloop.models.tiny import byte_tokenizer
 
@@ -134,21 +135,56 @@ def test_every_target_is_merged_exactly_and_nothing_else_changes(name, bases, tm
     for key, tensor in before.items():
         if key.removesuffix(".weight") in modules:
             a, b = factors_of(adapter, key.removesuffix(".weight"))
-            tensor = (tensor.float() + (b @ a) * (4 / 2)).to(tensor.dtype)
+            tensor = round_unbiased(tensor.float() + (b @ a) * (4 / 2), tensor.dtype)
         assert torch.equal(after[key], tensor), key
 
 
-def test_the_sum_is_rounded_once_to_bf16(llama, tmp_path):
-    """Rounding the delta to bf16 first would give other bits."""
-    adapter = adapter_folder(tmp_path / "adapter", {Q: (16, 16, 2)}, lora_alpha=2 / 3)
-    merge_adapter(llama, adapter, tmp_path / "merged")
-    weight = tensors(llama)[f"{Q}.weight"]
-    a, b = factors_of(adapter, Q)
-    delta = (b @ a) * (2 / 3 / 2)
-    once, twice = (weight.float() + delta).bfloat16(), weight + delta.bfloat16()
-    assert weight.dtype == torch.bfloat16
-    assert not torch.equal(once, twice)
-    assert torch.equal(tensors(tmp_path / "merged")[f"{Q}.weight"], once)
+def test_the_sum_is_rounded_once_and_without_bias(tmp_path):
+    """W is 1 everywhere, its grid step 1/128. A delta of 1/1024 gives 1 or 1 + 1/128, the latter in 1 of 8 elements;
+    one of 1/128 is kept as it is. Rounding to the nearest would lose the first, whatever the number of elements."""
+    base = make_base(tmp_path / "base", LlamaForCausalLM(LlamaConfig(**{**SIZES, "hidden_size": 256})).bfloat16())
+    weights = {name: torch.ones_like(tensor) for name, tensor in tensors(base).items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    b = torch.full((256, 1), 1 / 1024)
+    b[128:] = 1 / 128
+    save_adapter(
+        Adapter({Q: (torch.ones(1, 256), b)}, {**SETTINGS, "r": 1, "lora_alpha": 1, "target_modules": [Q]}),
+        tmp_path / "adapter",
+    )
+    result = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    merged = tensors(tmp_path / "merged")[f"{Q}.weight"]
+    assert merged.dtype == torch.bfloat16
+    raised = merged[:128] == 1 + 1 / 128
+    assert torch.equal(merged[:128], torch.where(raised, 1 + 1 / 128, 1.0).bfloat16())
+    # 128·256 draws with a chance of 1/8: the standard deviation of the share is 0.0018.
+    assert abs(raised.float().mean() - 1 / 8) < 0.006
+    assert (merged[128:] == 1 + 1 / 128).all()
+    assert result.changed_share == pytest.approx(0.5 + 0.5 / 8, abs=0.003)
+
+
+def test_the_merge_has_the_bits_that_the_rollout_engine_samples_from(tmp_path):
+    """More than one piece a matrix, random factors; a base in bfloat16, and one in float32 that loads as bfloat16."""
+    sizes = {**SIZES, "hidden_size": 512, "intermediate_size": 2200}
+    narrow = make_base(tmp_path / "narrow", LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16())
+    wide = make_base(tmp_path / "wide", LlamaForCausalLM(LlamaConfig(**sizes)))
+    exact_in_wide = tensors(wide)[f"{DOWN}.weight"]
+    assert not torch.equal(exact_in_wide.bfloat16().float(), exact_in_wide)
+    modules = {DOWN: (512, 2200, 8), "model.layers.0.mlp.up_proj": (2200, 512, 8)}
+    generator = torch.Generator().manual_seed(3)
+    factors = {
+        name: (torch.randn(rank, inner, generator=generator), torch.randn(outer, rank, generator=generator) / 1000)
+        for name, (outer, inner, rank) in modules.items()
+    }
+    adapter = Adapter(factors, {**SETTINGS, "r": 8, "target_modules": list(modules)})
+    save_adapter(adapter, tmp_path / "adapter")
+    for base in (narrow, wide):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / f"{base.name}-merged", dtype="bfloat16")
+        before, after = tensors(base), tensors(tmp_path / f"{base.name}-merged")
+        for name, (a, b) in factors.items():
+            weight = before[f"{name}.weight"].bfloat16()
+            expected = torch.empty_like(weight)
+            fold(weight, a, b, adapter.scaling(name), expected)
+            assert torch.equal(after[f"{name}.weight"], expected), name
 
 
 def test_rslora_and_patterns_decide_the_scaling(llama, tmp_path):
@@ -193,7 +229,7 @@ def test_merged_logits_are_those_of_peft(name, bases, tmp_path):
 def test_pieces_give_what_a_whole_gives(llama, tmp_path, monkeypatch):
     adapter = adapter_folder(tmp_path / "adapter", {DOWN: (16, 24, 2), Q: (16, 16, 2)})
     merge_adapter(llama, adapter, tmp_path / "whole", dtype="float32")
-    monkeypatch.setattr(merge_module, "_PIECE_ELEMENTS", 50)  # 2 rows of 24, 3 rows of 16
+    monkeypatch.setattr(merge_module, "PERIOD", 50)  # 2 rows of 24, 3 rows of 16
     merge_adapter(llama, adapter, tmp_path / "pieces", dtype="float32")
     whole, pieces = tensors(tmp_path / "whole"), tensors(tmp_path / "pieces")
     assert all(torch.equal(pieces[name], whole[name]) for name in whole)
@@ -222,7 +258,9 @@ def test_shards_keep_to_the_limit_and_the_index_finds_every_tensor(llama, tmp_pa
     merge_adapter(tmp_path / "sharded", adapter, tmp_path / "again")
     again = tensors(tmp_path / "again")
     a, b = factors_of(adapter, Q)
-    assert torch.equal(again[f"{Q}.weight"], (single[f"{Q}.weight"].float() + (b @ a) * 2).bfloat16())
+    assert torch.equal(
+        again[f"{Q}.weight"], round_unbiased(single[f"{Q}.weight"].float() + (b @ a) * 2, torch.bfloat16)
+    )
 
 
 def test_the_output_is_whole_and_its_bits_are_the_same_each_time(llama, tmp_path):
@@ -290,7 +328,7 @@ def test_an_adapter_that_changes_nothing_is_refused(llama, tmp_path):
     save_adapter(adapter, tmp_path / "adapter")
     with pytest.raises(UserError, match="changes nothing"):
         merge_adapter(llama, tmp_path / "adapter", tmp_path / "merged")
-    tiny = Adapter({Q: (torch.full((2, 16), 1e-9), torch.full((16, 2), 1e-9))}, adapter.config)
+    tiny = Adapter({Q: (torch.full((2, 16), 1e-12), torch.full((16, 2), 1e-12))}, adapter.config)
     save_adapter(tiny, tmp_path / "adapter")
     with pytest.raises(UserError, match=r"lost in rounding to bfloat16; set merge_adapter\.dtype to float32"):
         merge_adapter(llama, tmp_path / "adapter", tmp_path / "merged")
@@ -319,7 +357,8 @@ def test_the_output_head_is_merged_unless_it_is_tied(bases, tmp_path):
     merge_adapter(bases["llama"], adapter, tmp_path / "merged")
     a, b = factors_of(adapter, "lm_head")
     before, after = tensors(bases["llama"]), tensors(tmp_path / "merged")
-    assert torch.equal(after["lm_head.weight"], (before["lm_head.weight"].float() + (b @ a) * 2).bfloat16())
+    total = before["lm_head.weight"].float() + (b @ a) * 2
+    assert torch.equal(after["lm_head.weight"], round_unbiased(total, torch.bfloat16))
     assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
     with pytest.raises(UserError, match="changes lm_head, which this base ties"):
         merge_adapter(bases["llama-tied"], adapter, tmp_path / "tied")
@@ -409,6 +448,7 @@ import json, torch
 from pathlib import Path
 from tuneloop.models.adapter_io import Adapter, save_adapter
 from tuneloop.models.merge import merge_adapter
+from tuneloop.models.rounding import fold, round_unbiased
 from tuneloop.models.safetensors_shards import ShardWriter, TensorSpec
 from tuneloop.models.tiny import byte_tokenizer
 
