@@ -7,7 +7,7 @@ from pathlib import Path
 from components.config import RunConfig
 from components.runner import Step, Summary
 
-CANARIES = 2  # fixed prompts whose tokens trainer and engine must agree on after every sync
+CANARIES = 16  # fixed prompts whose tokens trainer and engine must agree on after every sync
 
 
 def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
@@ -62,7 +62,7 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
         "adapter_digest": result.adapter_digest,
         "reference_digest": result.reference_digest,
         "validation_accuracy": {"first": result.first_accuracy, "last": result.last_accuracy},
-        "base_uri": config.model.uri,
+        "base_uri": str(base.resolve()) if base == warmed_model else config.model.uri,
     }
     (output / "rl.json").write_text(json.dumps(record, indent=2) + "\n")
     return {

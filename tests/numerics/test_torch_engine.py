@@ -45,7 +45,7 @@ def test_reported_logprobs_are_those_of_the_tokens(engine: TorchEngine):
     sampled = generate(engine, PROMPTS, samples=3, sampling=SamplingSettings())
     for prompt, completions in zip(PROMPTS, sampled, strict=True):
         for completion in completions:
-            scored = engine.logprobs(prompt, completion.token_ids)
+            [scored] = engine.logprobs([(prompt, completion.token_ids)])
             torch.testing.assert_close(torch.tensor(completion.logprobs), torch.tensor(scored), rtol=1e-4, atol=1e-4)
 
 
@@ -97,12 +97,12 @@ def random_adapter(folder: Path, scale: float = 0.2) -> Adapter:
 
 def test_sync_changes_what_is_sampled_and_none_restores_the_base(folder: Path, engine: TorchEngine):
     adapter = random_adapter(folder)
-    before = engine.logprobs(PROMPTS[0], PROMPTS[3])
+    [before] = engine.logprobs([(PROMPTS[0], PROMPTS[3])])
     assert engine.sync(adapter) == adapter.digest()
-    changed = engine.logprobs(PROMPTS[0], PROMPTS[3])
+    [changed] = engine.logprobs([(PROMPTS[0], PROMPTS[3])])
     assert max(abs(a - b) for a, b in zip(before, changed, strict=True)) > 0.01
     engine.sync(None)
-    assert engine.logprobs(PROMPTS[0], PROMPTS[3]) == before
+    assert engine.logprobs([(PROMPTS[0], PROMPTS[3])]) == [before]
 
 
 def trainer_with(engine_model, folder: Path, tolerance: float = 1e-3):

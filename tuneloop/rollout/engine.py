@@ -59,6 +59,6 @@ class RolloutEngine(Protocol):
         """Sample `samples` completions of every prompt."""
         ...
 
-    def logprobs(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
-        """Log-probs (nats, temperature 1) of `completion`'s tokens after `prompt`."""
+    def logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """For every (prompt, completion), the log-probs (nats, temperature 1) of the completion's tokens."""
         ...

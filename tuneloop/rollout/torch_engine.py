@@ -113,10 +113,12 @@ class TorchEngine:
         return results
 
     @torch.no_grad()
-    def logprobs(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
+    def logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """See `RolloutEngine.logprobs`."""
+        batch = pack([(prompt, [completion]) for prompt, completion in pairs], self.model.device)
         with self._weights():
-            return score(self.model, pack([(prompt, [completion])], self.model.device)).logprobs_S.tolist()
+            logprobs_S = score(self.model, batch).logprobs_S
+        return [part.tolist() for part in logprobs_S.split([len(completion) for _, completion in pairs])]
 
     @contextmanager
     def _weights(self) -> Iterator[None]:
