@@ -1,4 +1,4 @@
-from components.sft_warmup.step import STEP
 from components.runner import main
+from components.sft_warmup.step import STEP
 
 raise SystemExit(main(STEP))

@@ -148,7 +148,7 @@ def test_the_canary_notices_an_engine_that_only_says_so(folder: Path, monkeypatc
 def test_the_canary_notices_an_update_that_changed_nothing(folder: Path):
     layers, _, sync = trainer_with(load_model(folder, "float32"), folder)
     sync(changed=False)
-    with pytest.raises(CanaryFailed, match="raise lora_rl.optimizer.learning_rate"):
+    with pytest.raises(CanaryFailed, match=r"raise lora_rl\.optimizer\.learning_rate"):
         sync(changed=True)
     next(iter(layers.values())).B.data.add_(0.01)
     sync(changed=True)

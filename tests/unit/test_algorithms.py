@@ -58,9 +58,7 @@ def test_sequence_mean_by_hand():
     # The same three tokens: -( (2.4 + 1.8) / 2 + (-0.8) / 1 ) / 2 = -(2.1 - 0.8) / 2 = -0.65
     old = [-1.0, -1.0, -1.0]
     new = [-1.0 + math.log(1.5), -1.0 + math.log(0.9), -1.0 + math.log(0.5)]
-    outputs = grpo_loss(
-        inputs(new, old, old, [2.0, -1.0], [0, 0, 1]), AlgorithmSettings(aggregation="sequence_mean")
-    )
+    outputs = grpo_loss(inputs(new, old, old, [2.0, -1.0], [0, 0, 1]), AlgorithmSettings(aggregation="sequence_mean"))
     assert outputs.loss.item() == pytest.approx(-0.65, rel=1e-5)
 
 

@@ -28,7 +28,7 @@ def test_uniforms_depend_on_the_counter_alone():
     together = uniforms(5, counters)
     alone = np.array([uniforms(5, counters[i : i + 1])[0] for i in range(1000)])
     assert (together == alone).all()
-    assert 0.0 <= together.min()
+    assert together.min() >= 0.0
     assert together.max() < 1.0
     assert abs(together.mean() - 0.5) < 4 * np.sqrt(1 / 12 / 1000)
     assert len(set(together.tolist())) == 1000

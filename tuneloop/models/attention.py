@@ -21,9 +21,9 @@ class AttentionContext(Protocol):
     """Computes attention over the packed tokens of one forward pass."""
 
     def attend(
-        self, layer: int, query_THD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, scaling: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, /
     ) -> torch.Tensor:
-        """Attention output of shape (T, H, D); keys already carry their rotary positions."""
+        """Output (T, H, D) of query (T, H, D), key and value (T, K, D); keys already carry their rotary positions."""
         ...
 
 

@@ -16,9 +16,7 @@ def hidden_states(
 ) -> torch.Tensor:
     """Last hidden states (T, D), after the final norm."""
     decoder = getattr(model, model.base_model_prefix)
-    output = decoder(
-        input_ids=input_ids_T[None], position_ids=position_ids_T[None], use_cache=False, context=context
-    )
+    output = decoder(input_ids=input_ids_T[None], position_ids=position_ids_T[None], use_cache=False, context=context)
     return output.last_hidden_state[0]
 
 

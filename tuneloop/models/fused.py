@@ -1,6 +1,7 @@
 """Leaner element-wise layers: fewer passes over memory and fewer saved activations than transformers' own.
 
-On a CPU the norms and the gated activation of a small model cost about as much as its matrix products. Each function here saves only its inputs and works in pieces that stay in the processor's cache.
+On a CPU the norms and the gated activation of a small model cost about as much as its matrix products. Each function
+here saves only its inputs and works in pieces that stay in the processor's cache.
 
 Legend: T tokens, D features.
 """

@@ -80,7 +80,7 @@ def _output(q, k_prompt, k_own, v_prompt, v_own, weights):
 
 
 def _transposed(weights, left, prompt):
-    """weights^T @ left: (n, K, P, D) for the prompt's keys, summed over completions, and (n, K, G, C, D) for the own."""
+    """weights^T @ left: (n, K, P, D) for the prompt's keys, over all completions; (n, K, G, C, D) for the own."""
     n, k, g, mc, d = left.shape
     split = 0 if prompt is None else prompt.shape[2]
     own = weights[..., split:].reshape(n * k * g, mc, -1).transpose(1, 2) @ left.reshape(n * k * g, mc, d)
@@ -104,7 +104,7 @@ class _Piece:
         self.own_rows = own_index_nGC.flatten()[self._own_where]
         self._future_CC = place_C[None, :] > place_C[:, None]
         self._padding = None
-        if prompt_index_nP is not None:
+        if prompt_index_nP is not None and prompt_length_n is not None:
             prompt_ok = torch.arange(prompt_index_nP.shape[1], device=device) < prompt_length_n[:, None]
             self._prompt_where = prompt_ok.flatten().nonzero().squeeze(1)
             self.prompt_rows = prompt_index_nP.flatten()[self._prompt_where]
@@ -130,7 +130,7 @@ class _Piece:
     def unpack_gradient(self, rows_THD, heads):
         """Like `unpack_own`, with zeros where a query is padding: what stands there came from another row."""
         blocks = self.unpack_own(rows_THD, heads)
-        n, k, g, mc, d = blocks.shape
+        n, k, g, _, d = blocks.shape
         by_place = blocks.view(n, k, g, -1, self._own_ok.shape[2], d)
         by_place.masked_fill_(~self._own_ok[:, None, :, None, :, None], 0.0)
         return blocks

@@ -32,7 +32,8 @@ def load_model(folder: Path, dtype: str, device: torch.device | str | None = Non
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: cannot be loaded as a causal language model ({error})") from None
     fuse(model)
-    return model.to(device or default_device()).eval().requires_grad_(False)
+    model.to(torch.device(device or default_device()))  # pyright: ignore[reportArgumentType]  transformers wraps `to`
+    return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -1,8 +1,8 @@
 """Rounding merged weights to bfloat16 without losing the adapter.
 
 A weight of the base already lies on bfloat16's grid, so rounding W + delta to the nearest value gives back W wherever
-|delta| is under half a grid step: on a warmed-up 135M model 29 % of the adapter vanished, and log-probs were off by 0.13
-nats a token. Rounding up with a probability equal to the remainder (stochastic rounding, Gupta et al., 2015,
+the delta is under half a grid step: on a warmed-up 135M model 29 % of the adapter vanished, and log-probs were off by
+0.13 nats a token. Rounding up with a probability equal to the remainder (stochastic rounding, Gupta et al., 2015,
 arXiv:1502.02551) keeps every delta in expectation: 0.02 % lost, and log-probs as close as bfloat16 itself allows.
 
 The random numbers are fixed by the element's place in its matrix alone, so equal weights round to equal bits, in the

@@ -178,7 +178,7 @@ class RlTrainer:
                     "answer": group.example.answer,
                     "completion": group.texts[0],
                     "reward": group.scores[0].total,
-                "correct": self.scorer.is_correct(group.scores[0]),
+                    "correct": self.scorer.is_correct(group.scores[0]),
                     "rewards": group.scores[0].parts,
                 }
             )

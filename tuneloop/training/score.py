@@ -28,7 +28,7 @@ class MicroBatch:
     behaviour_S: torch.Tensor
     advantages_B: torch.Tensor
     lengths_B: torch.Tensor
-    old_S: torch.Tensor | None  # None: the update's own forward pass gives it (strictly on-policy)
+    old_S: torch.Tensor | None  # None: the update's own forward pass gives it (on-policy)
     reference_S: torch.Tensor | None
 
 
@@ -58,7 +58,10 @@ def score_rollout(
         kept = [n for n in members if with_kl or bool(advantages_NG[n].any())]
         groups: list[Group] = [_group(rollout, n) for n in kept]
         micro = [
-            _micro_batch(model, reference, rollout, [kept[i] for i in indices], advantages_NG, settings)
+            # The first minibatch is trained on the very policy that was rolled out: the update's forward pass will do.
+            _micro_batch(
+                model, reference, rollout, [kept[i] for i in indices], advantages_NG, settings, on_policy=first == 0
+            )
             for indices in micro_batches(groups, settings.micro_batch_tokens)
         ]
         completions = [completion for n in members for completion in rollout.groups[n].completions]
@@ -66,12 +69,12 @@ def score_rollout(
     return minibatches
 
 
-def _micro_batch(model, reference, rollout, numbers, advantages_NG, settings) -> MicroBatch:
+def _micro_batch(model, reference, rollout, numbers, advantages_NG, settings, *, on_policy: bool) -> MicroBatch:
     batch = pack([_group(rollout, n) for n in numbers], model.device)
     completions = [completion for n in numbers for completion in rollout.groups[n].completions]
     temperature = settings.sampling.temperature
     old_S = None
-    if settings.algorithm.minibatches > 1:
+    if not on_policy:
         with torch.no_grad():
             model.eval()
             old_S = score(model, batch, temperature).logprobs_S
