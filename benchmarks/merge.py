@@ -135,10 +135,10 @@ def make(model: Path, adapter: Path, output: Path) -> dict[str, Any]:
     shapes |= {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN)}
     shards = plan_shards([TensorSpec(name, "BF16", shape) for name, shape in sorted(shapes.items())], SHARD_BYTES)
     for name, shard in zip(shard_names(len(shards)), shards, strict=True):
-        with ShardWriter(model / name, shard) as writer:
-            for spec in writer.order:
-                values = torch.randn(spec.shape, generator=generator).mul_(0.02).bfloat16()
-                writer.write(values.view(-1).view(torch.uint8).numpy().data)
+        writer = ShardWriter(model / name, shard)
+        for spec in shard:
+            writer.write(spec, 0, torch.randn(spec.shape, generator=generator).mul_(0.02).bfloat16())
+        writer.finish()
     write_index(model, shards)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_size": HIDDEN,
               "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,

@@ -12,5 +12,5 @@ class MergeAdapterConfig(StrictModel):
 
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 2_000_000_000
     dtype: Literal["base", "bfloat16", "float16", "float32"] = "base"  # of the merged weights
-    tolerance: Annotated[float, Field(gt=0.0)] = 0.02  # mean KL (nats) of merged against base + adapter
+    tolerance: Annotated[float, Field(gt=0.0)] = 0.005  # mean KL (nats) of merged against base + adapter
     probe_prompts: Annotated[int, Field(ge=1, le=256)] = 8

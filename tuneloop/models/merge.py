@@ -7,13 +7,19 @@ from. All other tensors are copied as they are.
 Shapes: A (_R, in), B (out, _R), W (out, in), or (in, out) where the layer is stored transposed.
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal
+from threading import Lock
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from tuneloop.errors import UserError
@@ -25,9 +31,9 @@ from tuneloop.models.safetensors_shards import (
     TORCH_DTYPES,
     ShardWriter,
     StoredTensor,
-    TensorReader,
     TensorSpec,
     plan_shards,
+    read_elements,
     shard_names,
     stored_tensors,
     write_index,
@@ -107,12 +113,7 @@ def merge_adapter(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with Progress("merge", len(specs)) as progress, TensorReader() as reader:
-            for name, shard in zip(shard_names(len(shards)), shards, strict=True):
-                with ShardWriter(partial / name, shard) as writer:
-                    for spec in writer.order:
-                        merger.write(spec, reader, writer)
-                        progress.advance()
+        _write_shards(merger, partial, shards)
         result = merger.result(specs, shards)
         write_index(partial, shards)
         _copy_companions(base, partial)
@@ -128,49 +129,63 @@ def merge_adapter(
     return result
 
 
+class _Piece(NamedTuple):
+    """Consecutive elements of an output tensor."""
+
+    spec: TensorSpec
+    start: int
+    length: int
+
+
 class _Merger:
-    """Writes tensors one by one, and knows which modules it has merged."""
+    """Computes pieces of output tensors, from several threads, and knows which modules it has merged."""
 
     def __init__(self, adapter: Adapter, stored: dict[str, StoredTensor], targets: dict[str, str]):
         self._adapter, self._stored, self._targets = adapter, stored, targets
-        self._merged: list[str] = []
-        self._changed = self._elements = 0
+        self._elements = dict.fromkeys(adapter.factors, 0)  # merged so far, by module
+        self._changed = 0
+        self._lock = Lock()
 
-    def write(self, spec: TensorSpec, reader: TensorReader, writer: ShardWriter) -> None:
-        """Append the output tensor `spec`: merged, converted or copied."""
-        stored = self._stored[spec.name]
+    def pieces(self, spec: TensorSpec) -> Iterator[_Piece]:
+        """The pieces of a tensor; of a target whole rows, as many as the rollout engine sums at once."""
+        columns = spec.shape[1] if spec.name in self._targets else 1
+        size = max(1, PERIOD // columns) * columns
+        for start in range(0, spec.elements, size):
+            yield _Piece(spec, start, min(size, spec.elements - start))
+
+    def write(self, piece: _Piece, writer: ShardWriter) -> None:
+        """Compute a piece (merge, convert or copy) and write it."""
+        spec, start, length = piece
+        values = read_elements(self._stored[spec.name], start, length)
         module = self._targets.get(spec.name)
         if module is not None:
-            self._write_merged(module, stored, spec, reader, writer)
-        elif stored.spec.dtype == spec.dtype:
-            writer.copy(stored)
-        else:
-            for start in range(0, spec.elements, PERIOD):
-                piece = reader.read(stored, start, min(PERIOD, spec.elements - start))
-                writer.write(_bytes_of(_in_range(piece, spec).to(TORCH_DTYPES[spec.dtype])))
+            values = self._merged(module, values, piece)
+        elif values.dtype != TORCH_DTYPES[spec.dtype]:
+            values = _in_range(values, spec).to(TORCH_DTYPES[spec.dtype])
+        writer.write(spec, start, values)
 
-    def _write_merged(
-        self, module: str, stored: StoredTensor, spec: TensorSpec, reader: TensorReader, writer: ShardWriter
-    ) -> None:
+    def _merged(self, module: str, values: torch.Tensor, piece: _Piece) -> torch.Tensor:
         a, b = (factor.to(torch.float32) for factor in self._adapter.factors[module])
         left, right = (a.T, b.T) if self._adapter.config.get("fan_in_fan_out") else (b, a)
-        scaling, columns = self._adapter.scaling(module), right.shape[1]
-        rows = max(1, PERIOD // columns)  # the engine's pieces, so that sums are taken in the same order
-        for start in range(0, left.shape[0], rows):
-            part = left[start : start + rows]
-            weight = reader.read(stored, start * columns, part.shape[0] * columns).view(part.shape[0], columns)
-            before = weight.to(TORCH_DTYPES[spec.dtype])  # a wider base is rounded first, as loading it does
-            total = torch.addmm(before.float(), part, right, alpha=scaling)
-            merged = round_unbiased(_in_range(total, spec), before.dtype, start * columns)
-            self._changed += int((merged != before).sum())
-            writer.write(_bytes_of(merged))
-        self._elements += spec.elements
-        self._merged.append(module)
+        columns = right.shape[1]
+        rows = slice(piece.start // columns, (piece.start + piece.length) // columns)
+        before = values.to(TORCH_DTYPES[piece.spec.dtype])  # a wider base is rounded first, as loading it does
+        weight = before.view(-1, columns).float()
+        total = torch.addmm(weight, left[rows], right, alpha=self._adapter.scaling(module))
+        merged = round_unbiased(_in_range(total, piece.spec), before.dtype, piece.start).view(-1)
+        bits = torch.int16 if before.itemsize == 2 else torch.int32
+        changed = np.count_nonzero(merged.view(bits).numpy() != before.view(bits).numpy())
+        with self._lock:
+            self._changed += changed
+            self._elements[module] += piece.length
+        return merged
 
     def result(self, specs: list[TensorSpec], shards: list[list[TensorSpec]]) -> MergeResult:
         """The finished merge, once it is sure that every module of the adapter is in it, once, and did something."""
-        assert sorted(self._merged) == sorted(self._adapter.factors), "a module was left out or merged twice"
-        dtypes = {_DTYPE_NAMES[spec.dtype] for spec in specs if spec.name in self._targets}
+        merged = [spec for spec in specs if spec.name in self._targets]
+        sizes = {self._targets[spec.name]: spec.elements for spec in merged}
+        assert self._elements == sizes, "a module was left out or merged twice"
+        dtypes = {_DTYPE_NAMES[spec.dtype] for spec in merged}
         if not self._changed:
             raise UserError(f"the adapter's whole update is lost in rounding to {', '.join(sorted(dtypes))}; "
                             "set merge_adapter.dtype to float32, or train longer")  # fmt: skip
@@ -179,9 +194,45 @@ class _Merger:
             dtype="+".join(sorted(dtypes)),
             shards=len(shards),
             bytes=sum(spec.bytes for spec in specs),
-            merged_modules=len(self._merged),
-            changed_share=self._changed / self._elements,
+            merged_modules=len(sizes),
+            changed_share=self._changed / sum(sizes.values()),
         )
+
+
+def _write_shards(merger: _Merger, folder: Path, shards: list[list[TensorSpec]]) -> None:
+    """Write every shard, pieces side by side; a full shard goes to the disk while the next one is computed."""
+    writers: list[ShardWriter] = []
+    flushes: list[Future[None]] = []
+    try:
+        with (
+            Progress("merge", sum(map(len, shards))) as progress,
+            _one_thread_each() as workers,
+            ThreadPoolExecutor(workers) as pool,
+        ):
+            for name, shard in zip(shard_names(len(shards)), shards, strict=True):
+                writers.append(ShardWriter(folder / name, shard))
+                pieces = [piece for spec in shard for piece in merger.pieces(spec)]
+                for _ in pool.map(merger.write, pieces, repeat(writers[-1])):
+                    pass
+                flushes.append(pool.submit(writers[-1].finish))
+                progress.advance(len(shard))
+            for flush in flushes:
+                flush.result()
+    finally:
+        for writer in writers:
+            writer.close()
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[int]:
+    """The number of workers to start. Inside, torch computes on the calling thread alone: pieces run side by side, and
+    threads that wait for each other at every operation of a piece would cost more than they give."""
+    workers = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield workers
+    finally:
+        torch.set_num_threads(workers)
 
 
 def _in_range(values: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
@@ -193,10 +244,6 @@ def _in_range(values: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     if spec.dtype == "F16" and values.abs().max() > _LARGEST_FLOAT16:
         raise UserError(f"{spec.name}: has values beyond float16's range; set merge_adapter.dtype to bfloat16")
     return values
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _output_spec(spec: TensorSpec, dtype: MergeDtype) -> TensorSpec:

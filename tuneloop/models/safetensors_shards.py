@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -128,48 +127,64 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[
 
 
 class ShardWriter:
-    """Writes one safetensors file from front to back. Use as a context manager; on success the file is on the disk.
+    """Writes one safetensors file, pieces in any order and from any thread.
 
     Args:
         file: the file to make.
-        specs: its tensors; `order` is the order in which their bytes have to be written.
+        specs: its tensors.
     """
 
     def __init__(self, file: Path, specs: Iterable[TensorSpec]):
         # Wide items first, as the library writes them: every tensor then begins at a multiple of its item size.
-        self.order = sorted(specs, key=lambda spec: -spec.item_bytes)
-        self._stream = file.open("wb", buffering=0)
-        self.file, self.bytes = file, sum(spec.bytes for spec in self.order)
-        header = _header(self.order)
-        self._written, self._end = 0, len(header) + self.bytes
-        self.write(memoryview(header))
+        ordered = sorted(specs, key=lambda spec: -spec.item_bytes)
+        header = _header(ordered)
+        self._offsets: dict[str, int] = {}
+        self._end = len(header)
+        for spec in ordered:
+            self._offsets[spec.name] = self._end
+            self._end += spec.bytes
+        self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._write_at(0, memoryview(header))
 
-    def __enter__(self) -> "ShardWriter":
-        return self
+    def write(self, spec: TensorSpec, start: int, values: torch.Tensor) -> None:
+        """Write a piece of a tensor: `values`, in its dtype, from element `start` on."""
+        data = values.contiguous().view(-1).view(torch.uint8).numpy().data
+        self._write_at(self._offsets[spec.name] + start * spec.item_bytes, data)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        with self._stream:
-            if error is None:
-                assert self._written == self._end, f"{self.file}: {self._written} bytes written of {self._end}"
-                os.fsync(self._stream.fileno())
+    def finish(self) -> None:
+        """Bring the file to the disk; every piece must have been written."""
+        assert os.fstat(self._descriptor).st_size == self._end, "a piece was not written"
+        os.fsync(self._descriptor)
+        self.close()
 
-    def write(self, data: memoryview) -> None:
-        """Append bytes of the current tensor."""
-        data = data.cast("B")
-        self._written += len(data)
+    def close(self) -> None:
+        """Give the file up as it is."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _write_at(self, offset: int, data: memoryview) -> None:
         while data:
-            data = data[os.write(self._stream.fileno(), data) :]
+            written = os.pwrite(self._descriptor, data, offset)
+            data, offset = data[written:], offset + written
 
-    def copy(self, tensor: StoredTensor) -> None:
-        """Append a stored tensor as it is; the kernel moves the bytes."""
-        with tensor.file.open("rb") as source:
-            offset, end = tensor.offset, tensor.offset + tensor.spec.bytes
-            while offset < end:
-                moved = os.sendfile(self._stream.fileno(), source.fileno(), offset, end - offset)
-                if moved == 0:
-                    raise UserError(f"{tensor.file}: became shorter while it was read")
-                offset += moved
-        self._written += tensor.spec.bytes
+
+def read_elements(tensor: StoredTensor, start: int, count: int) -> torch.Tensor:
+    """`count` elements of a stored tensor from element `start` on, flat.
+
+    Raises:
+        UserError: the file has become shorter since its header was read.
+    """
+    values = torch.empty(count, dtype=TORCH_DTYPES[tensor.spec.dtype])
+    data = values.view(torch.uint8).numpy().data
+    offset, filled = tensor.offset + start * tensor.spec.item_bytes, 0
+    with tensor.file.open("rb", buffering=0) as file:
+        while filled < len(data):
+            got = os.preadv(file.fileno(), [data[filled:]], offset + filled)
+            if got == 0:
+                raise UserError(f"{tensor.file}: became shorter while it was read")
+            filled += got
+    return values
 
 
 def _header(specs: Iterable[TensorSpec]) -> bytes:
@@ -207,40 +222,3 @@ def write_index(folder: Path, shards: list[list[TensorSpec]]) -> None:
         "weight_map": dict(sorted((spec.name, name) for name, shard in pairs for spec in shard)),
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-class TensorReader:
-    """Reads pieces of stored tensors into one buffer that is used again; closes its file when another is needed."""
-
-    def __init__(self):
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._file: Path | None = None
-        self._descriptor = -1
-
-    def __enter__(self) -> "TensorReader":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._close()
-
-    def read(self, tensor: StoredTensor, start: int, count: int) -> torch.Tensor:
-        """`count` elements from element `start` on, flat; valid until the next call."""
-        if tensor.file != self._file:
-            self._close()
-            self._descriptor, self._file = os.open(tensor.file, os.O_RDONLY), tensor.file
-        size = count * tensor.spec.item_bytes
-        if self._buffer.numel() < size:
-            self._buffer = torch.empty(size, dtype=torch.uint8)
-        piece = self._buffer[:size]
-        view, offset, filled = piece.numpy().data, tensor.offset + start * tensor.spec.item_bytes, 0
-        while filled < size:
-            got = os.preadv(self._descriptor, [view[filled:]], offset + filled)
-            if got == 0:
-                raise UserError(f"{tensor.file}: became shorter while it was read")
-            filled += got
-        return piece.view(TORCH_DTYPES[tensor.spec.dtype])
-
-    def _close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-        self._descriptor, self._file = -1, None
