@@ -32,6 +32,7 @@ from components.parameters import resolve_parameters
 from tuneloop import __version__
 from tuneloop.config import config_digest, resolved_json
 from tuneloop.errors import EXIT_OK, TryAgain, TuneloopError, UserError
+from tuneloop.process import peak_rss_bytes
 from tuneloop.storage import local_path
 
 Summary = dict[str, float | int | str | bool | None]
@@ -153,14 +154,6 @@ def step_fingerprint(step: Step, config: RunConfig, inputs: Mapping[str, Path]) 
             upstream[name] = StepResult.read(path).fingerprint
     text = json.dumps([step.name, values, upstream], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has held, from the kernel's high-water mark (not inherited over exec)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM line")
 
 
 def main(step: Step, argv: Sequence[str] | None = None) -> int:

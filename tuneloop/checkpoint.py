@@ -9,7 +9,6 @@
 ```
 """
 
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from tuneloop.files import fsync, sha256_of
 
 MARKER = "COMMITTED"
 _NAME = re.compile(r"update-(\d{6,})(\.replaced)?")
@@ -73,7 +74,7 @@ class CheckpointStore:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _fsync(self.folder)
+        fsync(self.folder)
         self._prune(update)
         return Checkpoint(update, target)
 
@@ -117,13 +118,13 @@ def _commit(folder: Path, update: int) -> None:
     """Bring every file to the disk, then the marker that vouches for them, then the folder's own entries."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        _fsync(path)
+        fsync(path)
         if path.is_file():
-            files[path.relative_to(folder).as_posix()] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+            files[path.relative_to(folder).as_posix()] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
     marker = folder / MARKER
     marker.write_text(json.dumps({"update": update, "files": files}, indent=1) + "\n")
-    _fsync(marker)
-    _fsync(folder)
+    fsync(marker)
+    fsync(folder)
 
 
 def _problem(checkpoint: Checkpoint) -> str | None:
@@ -136,7 +137,7 @@ def _problem(checkpoint: Checkpoint) -> str | None:
             path = checkpoint.path / name
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            if _sha256(path) != expected["sha256"]:
+            if sha256_of(path) != expected["sha256"]:
                 return f"{name} differs from its checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -145,16 +146,3 @@ def _problem(checkpoint: Checkpoint) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MARKER} is unreadable"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,9 +3,13 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from components.config import RunConfig
 from components.runner import Step, Summary
+
+if TYPE_CHECKING:
+    from tuneloop.training.rl import RlResult
 
 CANARIES = 16  # fixed prompts whose tokens trainer and engine must agree on after every sync
 
@@ -57,18 +61,25 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     )
     result = trainer.run()
     save_adapter(policy.adapter(), output / "adapter")
+    base_uri = str(base.resolve()) if base == warmed_model else config.model.uri
+    return _record(result, base_uri, output)
+
+
+def _record(result: "RlResult", base_uri: str, output: Path) -> Summary:
+    """Write `rl.json`; returns the step's summary."""
+    first, last = result.first_accuracy, result.last_accuracy
     record = {
         "updates": result.updates,
         "adapter_digest": result.adapter_digest,
         "reference_digest": result.reference_digest,
-        "validation_accuracy": {"first": result.first_accuracy, "last": result.last_accuracy},
-        "base_uri": str(base.resolve()) if base == warmed_model else config.model.uri,
+        "validation_accuracy": {"first": first, "last": last},
+        "base_uri": base_uri,
     }
     (output / "rl.json").write_text(json.dumps(record, indent=2) + "\n")
     return {
         "updates": result.updates,
-        "validation_accuracy_first": result.first_accuracy,
-        "validation_accuracy_last": result.last_accuracy,
+        "validation_accuracy_first": first,
+        "validation_accuracy_last": last,
         "adapter_digest": result.adapter_digest,
     }
 

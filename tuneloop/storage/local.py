@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from tuneloop.errors import UserError
+from tuneloop.files import fsync, sha256_of
 from tuneloop.storage.base import (
     ABSENT,
     CHUNK_BYTES,
@@ -82,7 +83,7 @@ class LocalStorage(Storage):
         with self._clear_errors(key), contextlib.suppress(FileNotFoundError), _locked(path.parent):
             path.unlink(missing_ok=True)
             _sidecar(path).unlink(missing_ok=True)
-            _fsync(path.parent)
+            fsync(path.parent)
 
     def list(self, prefix: str = "") -> list[str]:
         top = self._path(prefix) if prefix else self.root
@@ -122,7 +123,7 @@ class LocalStorage(Storage):
     def _check_version(self, path: Path, if_version: IfVersion) -> None:
         if if_version is None:
             return
-        current = _sha256(path) if path.exists() else ABSENT
+        current = sha256_of(path) if path.exists() else ABSENT
         if current != if_version:
             raise VersionConflict(f"{path}: was changed by someone else meanwhile")
 
@@ -151,14 +152,14 @@ def replace_file(source: BinaryIO, path: Path) -> str:
 
 def _replace(path: Path, temporary: Path, digest: str) -> None:
     """Move `temporary` to `path` and let the sidecar vouch for it; the folder's lock is held."""
-    before = _vouched(path) or (frozenset({_sha256(path)}) if path.exists() else frozenset())
+    before = _vouched(path) or (frozenset({sha256_of(path)}) if path.exists() else frozenset())
     if not path.exists():
         before = frozenset()  # a sidecar that a killed delete left behind
     _write_sidecar(path, {*before, digest})
     if before:
-        _fsync(path.parent)  # the sidecar is on the disk before the content changes
+        fsync(path.parent)  # the sidecar is on the disk before the content changes
     os.replace(temporary, path)
-    _fsync(path.parent)
+    fsync(path.parent)
     if before - {digest}:
         _write_sidecar(path, {digest})
 
@@ -199,17 +200,4 @@ def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _fsync(folder.parent)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync(folder.parent)
