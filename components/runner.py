@@ -34,9 +34,9 @@ from tuneloop.config import config_digest, resolved_json
 from tuneloop.errors import EXIT_OK, TryAgain, TuneloopError, UserError
 from tuneloop.process import peak_rss_bytes
 from tuneloop.storage import local_path
+from tuneloop.training.stopping import REPEAT_SECONDS
 
 Summary = dict[str, float | int | str | bool | None]
-REPEAT_SECONDS = 2.0  # a terminal and a parent process may both pass one Ctrl-C on: that is one request to stop
 FINGERPRINT = "fingerprint"  # in a partial output: what it is being made from
 CHECKPOINTS = "checkpoints"  # in a resumable step's partial output: without it there is nothing worth keeping
 STEP_BEGINS, STEP_ENDS = "==> ", "<== "  # lines that frame a step's output in the pipeline's log

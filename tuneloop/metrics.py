@@ -1,11 +1,14 @@
 """Metrics of a training step: one JSON line an update, and TensorBoard beside it."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from tuneloop.errors import UserError
 
 
 class JsonLines:
@@ -13,7 +16,10 @@ class JsonLines:
 
     def __init__(self, path: Path, offset: int | None = None):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if offset is not None and path.exists():
+        size = path.stat().st_size if path.exists() else 0
+        if offset is not None and size < offset:
+            raise UserError(f"{path}: shorter than its checkpoint says; remove {path.parent} and run again")
+        if offset is not None and size > offset:
             os.truncate(path, offset)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  held open between rows
 
@@ -23,8 +29,9 @@ class JsonLines:
         self._file.flush()
 
     def offset(self) -> int:
-        """Bytes so far."""
+        """Bytes so far, all of them on the disk: a checkpoint may count on them."""
         self._file.flush()
+        os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
@@ -53,7 +60,8 @@ class MetricsWriter:
     def write(self, update: int, values: Mapping[str, float]) -> None:
         """Record the metrics of one update."""
         row = {"update": update, "time": round(self.seconds(), 3)}
-        self._lines.write(row | {name: _rounded(value) for name, value in values.items()})
+        # JSON has no NaN: a metric that is not finite is left out.
+        self._lines.write(row | {name: _rounded(value) for name, value in values.items() if math.isfinite(value)})
         for name, value in values.items():
             self._board.add_scalar(name, value, update)
 
@@ -69,6 +77,10 @@ class MetricsWriter:
     def offset(self) -> int:
         """Bytes of `metrics.jsonl` so far."""
         return self._lines.offset()
+
+    def flush(self) -> None:
+        """Hand everything so far to the kernel; TensorBoard's writer holds events back for up to two minutes."""
+        self._board.flush()
 
     def close(self) -> None:
         """Flush and close both."""

@@ -72,7 +72,7 @@ class LoraSettings(StrictModel):
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 32
     alpha: Annotated[float, Field(gt=0.0, le=65_536.0)] = 32.0
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # in the warm-up; RL trains the very policy that samples
     rslora: bool = False  # scaling alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732)
     target_modules: Literal["all-linear", "attention", "mlp"] | tuple[str, ...] = "all-linear"
     exclude_modules: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ class OptimizerSettings(StrictModel):
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)]
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; linear and cosine end at 0
-    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    warmup_updates: Annotated[int, Field(ge=0)] = 0  # optimiser steps, of which RL makes `minibatches` an update
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     epsilon: Annotated[float, Field(gt=0.0, le=1e-2)] = 1e-8

@@ -34,12 +34,13 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     base_uri = config.model.uri
     if settings.mode == "full":
         save_full_model(model, base, output / "model")
+        base_uri = "sft_warmup/model"
         layers = attach(model, config.lora, config.seed)
     adapter = extract(layers, peft_config(config.lora, layers, model, base_uri))
     save_adapter(adapter, output / "adapter")
     warmup = {
         "mode": settings.mode,
-        "base_uri": base_uri,
+        "base_uri": config.model.uri,
         "updates": result.updates,
         "adapter_digest": adapter.digest(),
         "validation_loss": {"first": result.first_loss, "last": result.last_loss},

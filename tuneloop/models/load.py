@@ -1,16 +1,23 @@
 """Loading a causal language model and its tokenizer from a local folder."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tuneloop.errors import UserError
 from tuneloop.models import attention
+from tuneloop.models.forward import score
 from tuneloop.models.fused import fuse
+from tuneloop.models.packed import pack
 from tuneloop.models.quiet import no_progress_bars
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_PROBE = [7, 11, 3, 19, 5, 13, 2, 17]  # token ids that every vocabulary has
+_TOLERANCES = {"bfloat16": 0.25, "float16": 0.1, "float32": 0.01}  # nats, mean gap of two right computations
 
 
 def default_device() -> torch.device:
@@ -22,18 +29,43 @@ def load_model(folder: Path, dtype: str, device: torch.device | str | None = Non
     """A frozen causal language model that attends by `tuneloop.models.attention`.
 
     Raises:
-        UserError: the folder holds no causal language model that transformers can load, or it was damaged.
+        UserError: the folder holds no causal language model that transformers can load, it is damaged or incomplete, or
+            it computes its logits in a way that `forward.score` does not.
     """
     try:
         with no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES[dtype], attn_implementation=attention.IMPLEMENTATION, local_files_only=True
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
             )
-    except (OSError, ValueError, KeyError) as error:
+            model, report = loaded
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be loaded as a causal language model ({error})") from None
-    fuse(model)
+    if report["missing_keys"]:
+        raise UserError(f"{folder}: lacks the weights {sorted(report['missing_keys'])[0]}; fetch the model again")
     model.to(torch.device(device or default_device()))  # pyright: ignore[reportArgumentType]  transformers wraps `to`
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    expected = _plain_logprobs(model)
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    fuse(model)
+    gap = float((_our_logprobs(model) - expected).abs().mean())
+    if not gap <= _TOLERANCES[dtype]:
+        name = type(model).__name__
+        raise UserError(f"{folder}: {name} is not supported: its log-probs come out {gap:.2f} nats off (an output head "
+                        "that scales, caps or shifts its logits?); use a Llama- or Qwen-like model")  # fmt: skip
+    return model
+
+
+def _plain_logprobs(model: PreTrainedModel) -> torch.Tensor:
+    """Log-probs of the probe's tokens by transformers' own forward pass."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        logits = model(torch.tensor([_PROBE], device=model.device), use_cache=False).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(_PROBE[1:], device=model.device)[:, None]).squeeze(1)
+
+
+def _our_logprobs(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return score(model, pack([(_PROBE[:1], [_PROBE[1:]])], model.device)).logprobs_S
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

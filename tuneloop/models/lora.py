@@ -135,7 +135,10 @@ def extract(layers: dict[str, LoraLinear], config: dict) -> Adapter:
 
 
 def peft_config(settings: LoraSettings, layers: dict[str, LoraLinear], model: nn.Module, base_uri: str) -> dict:
-    """The `adapter_config.json` that PEFT and vLLM need to compute what we trained."""
+    """The `adapter_config.json` from which PEFT computes what we trained.
+
+    vLLM reads it too, but applies one alpha and one rank to all modules: patterns are for PEFT and merging only.
+    """
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

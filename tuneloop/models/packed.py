@@ -46,7 +46,7 @@ class PackedBatch:
 
     @property
     def shared_S(self) -> torch.Tensor:
-        """Which scored tokens are predicted by a prompt's last row, which several completions share."""
+        """Which scored tokens are predicted by a prompt's last row; all completions of a group share it."""
         return self.row_S < self.prompt_tokens
 
     def attend(
@@ -54,11 +54,6 @@ class PackedBatch:
     ) -> torch.Tensor:
         """Block-diagonal causal attention with shared prompts; see `AttentionContext`."""
         return GroupedAttention.apply(query_THD, key_TKD, value_TKD, self, scaling)
-
-    def sum_per_completion(self, values_S: torch.Tensor) -> torch.Tensor:
-        """Sums over each completion's tokens, shape (B,)."""
-        sums_B = values_S.new_zeros(self.completions)
-        return sums_B.index_add(0, self.completion_of_S, values_S)
 
 
 def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> PackedBatch:

@@ -29,17 +29,39 @@ def choose_targets(linear: Iterable[str], settings: LoraSettings) -> list[str]:
         UserError: nothing matches, or a pattern of the list matches nothing or is no regular expression.
     """
     names, wanted = list(linear), settings.target_modules
-    try:
-        chosen = names if wanted == "all-linear" else _matching(names, wanted)
-        excluded = dict.fromkeys(settings.exclude_modules, True)
-        chosen = [name for name in chosen if not match_pattern(excluded, name, False)]
-    except re.error as error:
-        raise UserError(f"lora.target_modules or lora.exclude_modules: {error.pattern!r} is no regular expression "
-                        f"({error})") from None  # fmt: skip
+    _require_regular_expressions(settings)
+    chosen = names if wanted == "all-linear" else _matching(names, wanted)
+    _require_matches("lora.exclude_modules", settings.exclude_modules, names)
+    excluded = dict.fromkeys(settings.exclude_modules, True)
+    chosen = [name for name in chosen if not match_pattern(excluded, name, False)]
     if not chosen:
         without = f" without {', '.join(settings.exclude_modules)}" if settings.exclude_modules else ""
         raise UserError(f"lora.target_modules = {wanted!r}{without} matches no linear layer; known: {_known(names)}")
+    _require_matches("lora.rank_pattern", settings.rank_pattern, chosen)
+    _require_matches("lora.alpha_pattern", settings.alpha_pattern, chosen)
     return chosen
+
+
+def _require_regular_expressions(settings: LoraSettings) -> None:
+    listed = () if isinstance(settings.target_modules, str) else settings.target_modules
+    sections = {
+        "target_modules": listed,
+        "exclude_modules": settings.exclude_modules,
+        "rank_pattern": settings.rank_pattern,
+        "alpha_pattern": settings.alpha_pattern,
+    }
+    for section, patterns in sections.items():
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"lora.{section}: {pattern!r} is no regular expression ({error})") from None
+
+
+def _require_matches(section: str, patterns: Iterable[str], names: list[str]) -> None:
+    for pattern in patterns:
+        if not any(match_pattern({pattern: True}, name, False) for name in names):
+            raise UserError(f"{section}: {pattern!r} matches no adapted linear layer; known: {_known(names)}")
 
 
 def _matching(names: list[str], wanted: str | tuple[str, ...]) -> list[str]:

@@ -28,6 +28,8 @@ from tuneloop.rollout.kv_cache import Decode, GroupCache, Prefill
 from tuneloop.rollout.sampler import draw
 from tuneloop.settings import SamplingSettings
 
+PREFILL_TOKENS = 32_768  # prompt tokens of one forward pass: bounds its activations whatever the prompts' lengths
+
 
 @dataclass
 class _Sequence:
@@ -78,17 +80,29 @@ class TorchEngine:
             UserError: the adapter was made for another model.
         """
         factors = adapter.factors if adapter else {}
+        wanted = adapter.digest() if adapter else ""
+        before = self._checksums()
         self._merged = {name: tensor for name, tensor in self._merged.items() if name in factors}
-        digest = adapter.digest() if adapter else ""
         with torch.no_grad():
             for name, (a, b) in factors.items():
                 weight = _linear(self.model, name).weight
                 if (b.shape[0], a.shape[1]) != tuple(weight.shape):
                     raise UserError(f"the adapter was made for another base: {name} has another shape")
-                merged = self._merged.setdefault(name, torch.empty_like(weight))
-                fold(weight, a, b, adapter.scaling(name), merged)  # type: ignore[union-attr]
-        self._digest = digest
-        return digest
+                if name not in self._merged:
+                    self._merged[name] = torch.empty_like(weight)
+                fold(weight, a, b, adapter.scaling(name), self._merged[name])  # type: ignore[union-attr]
+        # What the engine holds is named after its matrices: where they did not move, it still holds what it held.
+        if self._checksums() != before:
+            self._digest = wanted
+        return self._digest
+
+    def _checksums(self) -> dict[str, int]:
+        """A number for the bits of every merged matrix."""
+        integers = {2: torch.int16, 4: torch.int32}
+        return {
+            name: int(tensor.view(integers[tensor.element_size()]).sum(dtype=torch.int64))
+            for name, tensor in self._merged.items()
+        }
 
     @torch.no_grad()
     def generate(
@@ -103,11 +117,9 @@ class TorchEngine:
         """See `RolloutEngine.generate`."""
         indices = stream.prompt_indices if stream.prompt_indices is not None else range(len(prompts))
         names = np.asarray(indices, dtype=np.uint64)
-        at_once = max(1, self.max_sequences // samples)
         results: list[list[Completion]] = []
         with self._weights():
-            for first in range(0, len(prompts), at_once):
-                part = slice(first, first + at_once)
+            for part in _parts(prompts, max(1, self.max_sequences // samples)):
                 batch = _Batch(self, prompts[part], samples, sampling, stream, names[part])
                 results.extend(batch.run(max_new_tokens))
         return results
@@ -199,6 +211,18 @@ class _Batch:
             sequence.logprobs.append(logprob)
             sequence.finished = token in self.engine.end_ids
         return token_A
+
+
+def _parts(prompts: Sequence[Sequence[int]], at_once: int) -> Iterator[slice]:
+    """Slices of at most `at_once` prompts and, beyond the first prompt, `PREFILL_TOKENS` tokens."""
+    first, tokens = 0, 0
+    for index, prompt in enumerate(prompts):
+        if index > first and (index - first == at_once or tokens + len(prompt) > PREFILL_TOKENS):
+            yield slice(first, index)
+            first, tokens = index, 0
+        tokens += len(prompt)
+    if first < len(prompts):
+        yield slice(first, len(prompts))
 
 
 def end_token_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -1,7 +1,7 @@
 """Sending the adapter to the rollout engine, and proving that it arrived.
 
-After each sync a canary looks whether the engine holds the adapter that was sent, whether that adapter is another one
-than before, and whether engine and trainer agree on the log-probs of a few fixed tokens. An adapter that silently
+After each sync a canary looks whether the engine holds the adapter that was sent, and whether engine and trainer agree
+on the log-probs of a few fixed tokens. An adapter that silently
 never reaches the engine is the most frequent complaint about LoRA RL.
 """
 
@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 from tuneloop.errors import TuneloopError
-from tuneloop.models.adapter_io import Adapter
 from tuneloop.models.forward import score
 from tuneloop.models.lora import LoraLinear, extract
 from tuneloop.models.packed import pack
@@ -52,13 +51,11 @@ class WeightSync:
     ):
         self.engine, self.model, self.layers = engine, model, layers
         self.adapter_config, self.canaries, self.tolerance = adapter_config, canaries, tolerance
-        self._last_digest = ""
+        self.digest = ""  # of the adapter that was sent last
+        self.changed = False  # whether it was another one than before
 
-    def __call__(self, *, changed: bool) -> float:
+    def __call__(self) -> float:
         """Send the adapter as it is now and check that it arrived.
-
-        Args:
-            changed: whether an optimiser step was made since the last call.
 
         Returns:
             The mean absolute gap (nats) of the trainer's and the engine's log-probs of the canary tokens.
@@ -70,24 +67,21 @@ class WeightSync:
         held, sent = self.engine.sync(adapter), adapter.digest()
         if held != sent:
             raise CanaryFailed(f"the engine holds adapter {held[:12] or 'none'} after {sent[:12]} was sent to it")
-        if changed and sent == self._last_digest:
-            raise CanaryFailed(f"the update left adapter {sent[:12]} as it was, to the last bit; "
-                               "raise lora_rl.optimizer.learning_rate")  # fmt: skip
-        self._last_digest = sent
+        self.changed = sent != self.digest
+        self.digest = sent
         gap = self._gap()
-        if not gap <= self.tolerance:
-            raise CanaryFailed(f"trainer and engine differ by {gap:.3f} nats a token "
-                               f"(lora_rl.engine.canary_tolerance = {self.tolerance})")  # fmt: skip
+        self.refuse_gap(gap, "canary")
         return gap
 
-    @property
-    def digest(self) -> str:
-        """Digest of the adapter that was sent last."""
-        return self._last_digest
+    def refuse_gap(self, gap: float, what: str) -> None:
+        """Refuse to go on when log-probs of trainer and engine are further apart than the tolerance.
 
-    def adapter(self) -> Adapter:
-        """A copy of the adapter as it is now."""
-        return extract(self.layers, self.adapter_config)
+        Raises:
+            CanaryFailed: they are.
+        """
+        if not gap <= self.tolerance:
+            raise CanaryFailed(f"trainer and engine differ by {gap:.3g} nats a token on the {what}'s tokens "
+                               f"(lora_rl.engine.canary_tolerance = {self.tolerance})")  # fmt: skip
 
     @torch.no_grad()
     def _gap(self) -> float:

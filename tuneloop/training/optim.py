@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from tuneloop.errors import UserError
 from tuneloop.settings import OptimizerSettings
 
 
@@ -58,17 +59,23 @@ class MasterAdamW:
         return self.settings.learning_rate * factor
 
     def step(self) -> tuple[float, float]:
-        """Apply the collected gradient and clear it; returns (gradient norm before clipping, learning rate)."""
+        """Apply the collected gradient and clear it; returns (gradient norm before clipping, learning rate).
+
+        Raises:
+            UserError: the gradient is not finite; nothing was changed.
+        """
         gradient = self._master.grad
         assert gradient is not None
         norm = float(torch.linalg.vector_norm(gradient))
         rate = self.learning_rate(self.updates)
-        if math.isfinite(norm):
-            if norm > self.settings.max_grad_norm:
-                gradient.mul_(self.settings.max_grad_norm / norm)
-            self._adam.param_groups[0]["lr"] = rate
-            self._adam.step()
-            self._write_back()
+        if not math.isfinite(norm):
+            raise UserError(f"the gradient of optimiser step {self.updates + 1} is not finite: the training diverged; "
+                            "lower the learning rate and run again")  # fmt: skip
+        if norm > self.settings.max_grad_norm:
+            gradient.mul_(self.settings.max_grad_norm / norm)
+        self._adam.param_groups[0]["lr"] = rate
+        self._adam.step()
+        self._write_back()
         gradient.zero_()
         self.updates += 1
         return norm, rate

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tuneloop.data.schema import Example
@@ -93,7 +94,7 @@ class RlTrainer:
             UserError: a reward failed, or too many completions are cut off.
         """
         state, settings = self.state, self.settings
-        self.sync(changed=False)
+        self.sync()
         if state.update == 0:
             state.metrics.write(0, self._validate())
         with StopRequest() as stop, Progress("lora_rl", settings.updates, done=state.update) as progress:
@@ -116,6 +117,7 @@ class RlTrainer:
     def _one_update(self) -> dict[str, float]:
         settings, model = self.settings, self.policy.model
         clock = _Clock()
+        torch.manual_seed(self.seed + self.state.update)  # for whatever draws from torch: equal after a resume
         rows = rows_of_update(self.seed, self.state.update, settings.prompts_per_update, len(self.train_examples))
         rollout = collect(
             self.engine,
@@ -136,7 +138,9 @@ class RlTrainer:
         clock.lap("score")
         values |= update_policy(model, self.optimizer, minibatches, settings)
         clock.lap("update")
-        values["canary/gap"] = self.sync(changed=values["update/steps"] > 0)
+        self.sync.refuse_gap(values.get("divergence/mean", 0.0), "rollout")
+        values["canary/gap"] = self.sync()
+        values["canary/changed"] = float(self.sync.changed)
         clock.lap("sync")
         values["tokens_per_second/rollout"] = rollout.tokens() / clock.seconds["collect"]
         values["tokens_per_second/update"] = values["update/packed_tokens"] / clock.seconds["update"]

@@ -33,12 +33,16 @@ class RunState:
             optimizer.load_state(load_file(checkpoint.path / "optimizer.safetensors"))
             print(f"continuing from the checkpoint of update {self.update}", flush=True)
         self.metrics = MetricsWriter(
-            folder, offset=saved["metrics"], first_update=self.update + 1, seconds=saved["seconds"]
+            folder,
+            offset=saved["metrics"],
+            first_update=self.update + 1 if checkpoint else 0,
+            seconds=saved["seconds"],
         )
         self.samples = JsonLines(folder / "samples.jsonl", saved["samples"])
 
     def save(self) -> None:
-        """Commit a checkpoint of the current update."""
+        """Commit a checkpoint of the current update; the logs up to it are safe from a kill."""
+        self.metrics.flush()
 
         def write(folder: Path) -> None:
             save_file(

@@ -59,17 +59,17 @@ def warm_up(
     optimizer = MasterAdamW(parameters, settings.optimizer, settings.updates)
     state = RunState(folder, optimizer, keep=1)
     held_out = _groups(tokenizer, validation)
-    first = validation_loss(model, held_out, settings.micro_batch_tokens)
-    last = first
+    if state.update == 0:
+        state.metrics.write(0, {"loss/validation": validation_loss(model, held_out, settings.micro_batch_tokens)})
     with StopRequest() as stop, Progress("sft_warmup", settings.updates, done=state.update) as progress:
         while state.update < settings.updates:
+            torch.manual_seed(seed + state.update)  # dropout: equal after a resume
             rows = rows_of_update(seed, state.update, settings.examples_per_update, len(train))
             values = _update(model, optimizer, _groups(tokenizer, [train[row] for row in rows]), settings)
             state.update += 1
             done = state.update == settings.updates
             if done or state.update % settings.validate_every == 0:
-                last = validation_loss(model, held_out, settings.micro_batch_tokens)
-                values["loss/validation"] = last
+                values["loss/validation"] = validation_loss(model, held_out, settings.micro_batch_tokens)
             state.metrics.write(state.update, values)
             if stop.requested or (state.update % settings.checkpoint_every == 0 and not done):
                 state.save()
@@ -77,7 +77,8 @@ def warm_up(
                 raise TryAgain(f"stopped after warm-up update {state.update}, which is saved; run again to continue")
             progress.advance(note=f"loss {values['loss/train']:.3f}")
     state.close()
-    return SftResult(first, last, settings.updates)
+    losses = state.metrics.column("loss/validation")
+    return SftResult(losses[0], losses[-1], settings.updates)
 
 
 def _update(

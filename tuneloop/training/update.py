@@ -55,6 +55,7 @@ def update_policy(
             sums["tokens"] += gap_S.numel()
             sums["packed"] += micro.batch.input_ids_T.numel()
             sums["gap"] += float(gap_S.sum())
+            sums["gap_size"] += float(gap_S.abs().sum())
             sums["entropy"] += float(scores.entropy_S.sum())
             if micro.reference_S is not None:
                 sums["kl"] += float((detached_S - micro.reference_S).sum())
@@ -71,12 +72,13 @@ def _metrics(sums, norms, rate, steps, largest_gap, settings) -> dict[str, float
         return values
     tokens = sums["tokens"]
     values |= {
-        "loss/policy": sums["loss"],
+        "loss/policy": sums["loss"] / steps,
         "gradient/norm": sum(norms) / len(norms),
         "entropy": sums["entropy"] / tokens,
         "clip/share": sums["clip"] / tokens,
         "importance/mean": sums["importance"] / tokens,
         "divergence/kl": sums["gap"] / tokens,
+        "divergence/mean": sums["gap_size"] / tokens,
         "divergence/max": largest_gap,
     }
     if settings.algorithm.kl_coefficient > 0:
