@@ -98,16 +98,52 @@ def finished_elsewhere(folder: Path) -> None:
     execute(step, tiny_config("lora.rank=2"), {}, str(folder / "out"))
 
 
-def adapter_for_another_base(folder: Path) -> None:
+def warm_up_of(model_uri: str, folder: Path, recorded_uri: str = "tiny://qwen2?seed=0") -> None:
+    """A fresh adapter for a model, as `sft_warmup` leaves it; `recorded_uri` is the base that its record names."""
     from tuneloop.models.adapter_io import save_adapter
     from tuneloop.models.load import load_model
     from tuneloop.models.lora import attach, extract, peft_config
 
     lora = tiny_config().lora
-    uri = "tiny://qwen2?hidden_size=32"
-    model = load_model(resolve_model(uri), "float32", "cpu")
+    model = load_model(resolve_model(model_uri), "float32", "cpu")
     layers = attach(model, lora, seed=0)
-    save_adapter(extract(layers, peft_config(lora, layers, model, uri)), folder / "warmup" / "adapter")
+    save_adapter(extract(layers, peft_config(lora, layers, model, model_uri)), folder / "warmup" / "adapter")
+    (folder / "warmup" / "warmup.json").write_text(json.dumps({"base_uri": recorded_uri}))
+
+
+def adapter_for_another_base(folder: Path) -> None:
+    warm_up_of("tiny://qwen2?hidden_size=32", folder)
+
+
+def adapter_for_more_layers(folder: Path) -> None:
+    warm_up_of("tiny://qwen2?layers=3", folder)
+
+
+def warm_up_of_another_base(folder: Path) -> None:
+    warm_up_of("tiny://qwen2?seed=1", folder, "tiny://qwen2?seed=1")
+
+
+def warm_up_without_record(folder: Path) -> None:
+    warm_up_of("tiny://qwen2", folder)
+    (folder / "warmup" / "warmup.json").unlink()
+
+
+def warm_up_without_chat_template(folder: Path) -> None:
+    copied_model(without_chat_template)(folder)
+    warm_up_of(str(folder / "model"), folder, str(folder / "model"))
+
+
+def damaged_adapter(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def arrange(folder: Path) -> None:
+        warm_up_of("tiny://qwen2", folder)
+        path = folder / "warmup" / "adapter" / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return arrange
+
+
+def without_setting(name: str) -> Callable[[bytes], bytes]:
+    return lambda data: json.dumps({key: value for key, value in json.loads(data).items() if key != name}).encode()
 
 
 def adapter_without_record(folder: Path) -> None:
@@ -122,6 +158,7 @@ def exchanged_adapter(folder: Path) -> None:
 
 
 MODEL = "model.uri=$TMP/model"
+WARMUP = {"warmup": "$TMP/warmup"}
 OLD_CONFIG = '[model]\nuri = "tiny://qwen2"\n[task]\n'
 
 CASES = (
@@ -208,12 +245,32 @@ CASES = (
     Case("input missing", "sft_warmup", "--data .*none: does not exist", inputs={"data": "$TMP/none"}),
     Case("input not prepared", "sft_warmup", "train.parquet: no such file; run the data_prep step", inputs={"data": "$TMP"}),
     Case("prepared data damaged", "sft_warmup", "cannot be read as parquet", inputs={"data": "$TMP"}, files={"train.parquet": b"PAR1" * 9}),
-    Case("adapter for another base", "lora_rl", "made for another base", inputs={"warmup": "$TMP/warmup"}, arrange=adapter_for_another_base),
+    Case("no chat template", "sft_warmup", "no chat template", set=(MODEL,), arrange=copied_model(without_chat_template)),
+    Case("rank above the matrix", "sft_warmup", r"lora.rank = 33 exceeds .*k_proj's smaller side \(32\)", set=("lora.rank=33",)),
+    Case("everything excluded", "sft_warmup", "matches no linear layer", set=('lora.exclude_modules=[".*"]',)),
+    Case("weights cut off", "sft_warmup", "model: cannot be loaded", set=(MODEL,), arrange=copied_model(cut_off_weights)),
+    Case("input not prepared", "lora_rl", "train.parquet: no such file; run the data_prep step", inputs={"data": "$TMP"}),
+    Case("warm-up missing", "lora_rl", "--warmup .*none: does not exist", inputs={"warmup": "$TMP/none"}),
     Case("no adapter", "lora_rl", "not an adapter folder", inputs={"warmup": "$TMP"}),
+    Case("adapter for another base", "lora_rl", "made for another base: .*another shape", inputs=WARMUP, arrange=adapter_for_another_base),
+    Case("adapter for more layers", "lora_rl", "made for another base: .*no linear layer", inputs=WARMUP, arrange=adapter_for_more_layers),
+    Case("warm-up of another base", "lora_rl", "was made with model.uri = 'tiny://qwen2.seed=1'", inputs=WARMUP, arrange=warm_up_of_another_base),
+    Case("warm-up of another rank", "lora_rl", "was made with lora.rank = 4, but the config says 8", set=("lora.rank=8",)),
+    Case("warm-up without its record", "lora_rl", "no readable warmup.json", inputs=WARMUP, arrange=warm_up_without_record),
+    Case("adapter cut off", "lora_rl", "the adapter is damaged", inputs=WARMUP, arrange=damaged_adapter("adapter_model.safetensors", lambda data: data[:-100])),
+    Case("adapter emptied", "lora_rl", "the adapter is damaged", inputs=WARMUP, arrange=damaged_adapter("adapter_model.safetensors", lambda data: b"")),
+    Case("adapter settings damaged", "lora_rl", "the adapter is damaged", inputs=WARMUP, arrange=damaged_adapter("adapter_config.json", lambda data: data[:-9])),
+    Case("adapter settings are a list", "lora_rl", "the adapter is damaged", inputs=WARMUP, arrange=damaged_adapter("adapter_config.json", lambda data: b"[]")),
+    Case("adapter settings without alpha", "lora_rl", "the adapter is damaged .*lora_alpha", inputs=WARMUP, arrange=damaged_adapter("adapter_config.json", without_setting("lora_alpha"))),
+    Case("adapter of another kind", "lora_rl", "only LoRA is supported", inputs=WARMUP, arrange=damaged_adapter("adapter_config.json", lambda data: data.replace(b"LORA", b"IA3"))),
+    Case("no chat template", "lora_rl", "no chat template", set=(MODEL,), inputs=WARMUP, arrange=warm_up_without_chat_template),
+    Case("completions cut off", "lora_rl", "cut off at task.max_new_tokens = 8, more than lora_rl.max_truncated_share = 0%", set=("lora_rl.max_truncated_share=0.0",)),
     Case("reward raises", "lora_rl", "reward 'python' failed on example .*ZeroDivisionError", set=(reward("bad_rewards:divide"),)),
     Case("reward returns nan", "lora_rl", "reward 'python' returned nan", set=(reward("bad_rewards:nan"),)),
     Case("reward returns text", "lora_rl", "not a number", set=(reward("bad_rewards:text"),)),
     Case("reward above 1", "lora_rl", r"outside \[0, 1\]", set=(reward("bad_rewards:ten"),)),
+    Case("reward raises in the middle", "lora_rl", "reward 'python' failed on example .*ZeroDivisionError", set=(reward("bad_rewards:divide_later"),)),
+    Case("reward returns nan in the middle", "lora_rl", "reward 'python' returned nan", set=(reward("bad_rewards:nan_later"),)),
     # Merging
     Case("training missing", "merge_adapter", "rl.json: missing or damaged", inputs={"training": "$TMP"}),
     Case("adapter exchanged after training", "merge_adapter", "is not the adapter that rl.json names", inputs={"training": "$TMP/training"}, arrange=exchanged_adapter),
@@ -229,6 +286,17 @@ def divide(completion, answer, metadata): return 1 / 0
 def nan(completion, answer, metadata): return float("nan")
 def text(completion, answer, metadata): return "good"
 def ten(completion, answer, metadata): return 10
+
+FIRST_UPDATES_CALLS = 4 + 4 * 2  # the validation before training, and the completions of the first update
+calls = 0
+
+def later(bad):
+    global calls
+    calls += 1
+    return bad() if calls > FIRST_UPDATES_CALLS + 3 else calls % 2
+
+def divide_later(completion, answer, metadata): return later(lambda: 1 / 0)
+def nan_later(completion, answer, metadata): return later(lambda: float("nan"))
 """
 
 
@@ -280,6 +348,8 @@ def test_mistake_is_one_line_and_leaves_nothing(case, tmp_path, capfd, request):
         case.arrange(tmp_path)
     arguments = arguments_of(case, tmp_path, lambda: request.getfixturevalue("good"))
     step = importlib.import_module(f"components.{case.step}.step").STEP
+    if "later" in str(case.set):
+        importlib.import_module("bad_rewards").calls = 0
     before = contents(tmp_path)
     capfd.readouterr()
     code = main(step, arguments)
@@ -289,6 +359,25 @@ def test_mistake_is_one_line_and_leaves_nothing(case, tmp_path, capfd, request):
     assert error.count("\n") == 1, error
     assert re.search(case.says, error), error
     assert contents(tmp_path) == before
+
+
+def test_mistake_after_a_checkpoint_keeps_it_and_the_same_command_continues(tmp_path, capfd, request):
+    """The reward fails in the second update; once its function is mended, only that update is left to make."""
+    rewards = importlib.import_module("bad_rewards")
+    case = Case("", "lora_rl", "", set=(reward("bad_rewards:divide_later"), "lora_rl.checkpoint_every=1"))
+    arguments = arguments_of(case, tmp_path, lambda: request.getfixturevalue("good"))
+    step = importlib.import_module("components.lora_rl.step").STEP
+    rewards.calls = 0
+    assert main(step, arguments) == 2
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out.partial" / "checkpoints").iterdir()] == ["update-000001"]
+    rewards.calls = -1000
+    assert main(step, arguments) == 0
+    assert "continuing from the checkpoint of update 1" in capfd.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == [0, 1, 2]
+    assert rewards.calls == -1000 + 4 * 2 + 4  # one update's completions and the validation after the last
 
 
 def test_table_is_long_enough_and_names_are_unique():

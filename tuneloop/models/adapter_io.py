@@ -78,6 +78,10 @@ def load_adapter(folder: Path) -> Adapter:
         raise UserError(f"{folder}: not an adapter folder ({Path(error.filename).name} is missing)") from None
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter is damaged ({error}); restore it or train again") from None
+    if not isinstance(config, dict) or not isinstance(config.get("lora_alpha"), int | float):
+        raise UserError(
+            f"{folder}: the adapter is damaged ({CONFIG_NAME} has no lora_alpha); restore it or train again"
+        )
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder}: a {config.get('peft_type')} adapter; only LoRA is supported")
     pairs: dict[str, dict[str, torch.Tensor]] = {}
