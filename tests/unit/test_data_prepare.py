@@ -39,7 +39,7 @@ def settings(**changes) -> PrepareSettings:
     return PrepareSettings(**{**defaults, **changes})
 
 
-def row(prompt, answer="1") -> str:
+def row(prompt: object, answer: object = "1") -> str:
     return json.dumps({"prompt": prompt, "answer": answer})
 
 
