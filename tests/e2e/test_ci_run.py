@@ -6,6 +6,7 @@ Run times on two idle cores: the pipeline 30 s, the killed trainings 40 s, the r
 import importlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from components.config import load_run_config
-from components.runner import execute
+from components.runner import FINGERPRINT, execute
 from pipelines.runs import STEPS
 from tuneloop.models.adapter_io import load_adapter
 from tuneloop.models.sources import resolve_model
@@ -272,6 +273,22 @@ def test_killed_warm_up_ends_with_the_same_adapter(run, killed_sft):
     rows = metrics(killed_sft.output)
     assert [row["update"] for row in rows] == list(range(SFT_UPDATES + 1))
     assert [numbers(row) for row in rows] == [numbers(row) for row in metrics(whole)]
+
+
+def test_kill_behind_the_last_update_costs_nothing(run, killed_rl, tmp_path):
+    """Every update is made and saved, but the adapter is not written yet: no kill can be aimed at it, so it is made."""
+    training = Training("lora_rl", run, tmp_path, "lora_rl.checkpoint_every=5")
+    shutil.copytree(killed_rl.output, training.partial)
+    shutil.rmtree(training.partial / "adapter")
+    fingerprint = json.loads((training.partial / "step.json").read_text())["fingerprint"]
+    for name in ("rl.json", "step.json", "config.json"):
+        (training.partial / name).unlink()
+    (training.partial / FINGERPRINT).write_text(fingerprint)
+    output = training.finish()
+    assert training.continued_from() == RL_UPDATES
+    assert (output / "metrics.jsonl").read_bytes() == (killed_rl.output / "metrics.jsonl").read_bytes()
+    assert load_adapter(output / "adapter").digest() == load_adapter(killed_rl.output / "adapter").digest()
+    assert (output / "rl.json").read_text() == (killed_rl.output / "rl.json").read_text()
 
 
 # The same training again, and another one
