@@ -8,21 +8,27 @@ Legend: n prompts in a chunk, G completions a prompt, P longest prompt, C longes
 K key/value heads, M query heads a key/value head, D head size.
 """
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from tuneloop.models.packed import PackedBatch
-
 CHUNK_ELEMENTS = 1 << 22  # attention scores held at once
+
+
+class GroupLayout(Protocol):
+    """Where prompts and completions lie in the packed row; see `PackedBatch`."""
+
+    prompt_index_NP: torch.Tensor
+    prompt_length_N: torch.Tensor
+    fed_index_NGC: torch.Tensor
+    fed_length_NG: torch.Tensor
 
 
 class GroupedAttention(torch.autograd.Function):
     """(query_THD, key_TKD, value_TKD, batch, scaling) -> output_THD; T = prompt tokens then completion tokens."""
 
     @staticmethod
-    def forward(ctx, query, key, value, batch: "PackedBatch", scaling: float):
+    def forward(ctx, query, key, value, batch: GroupLayout, scaling: float):
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for piece in _pieces(batch, query.shape[1]):
             blocks = piece.unpack(query, key, value)
@@ -162,7 +168,7 @@ class _Piece:
         return scores.softmax(-1)
 
 
-def _pieces(batch: "PackedBatch", heads: int):
+def _pieces(batch: GroupLayout, heads: int):
     n, longest = batch.prompt_index_NP.shape
     own_index, own_length = batch.prompt_index_NP[:, None, :], batch.prompt_length_N[:, None]
     step = max(1, CHUNK_ELEMENTS // (heads * longest * longest))

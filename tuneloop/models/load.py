@@ -55,7 +55,7 @@ def load_model(folder: Path, dtype: str, device: torch.device | str | None = Non
     if not divergence <= _TOLERANCES[dtype]:
         name = type(model).__name__
         raise UserError(f"{folder}: {name} is not supported: its distributions come out {divergence:.2g} nats off "
-                        "(a head that scales, caps or shifts its logits?); use a Llama- or Qwen-like model")  # fmt: skip
+                        "(a head that scales, caps or shifts its logits?); use a Llama or Qwen model")  # fmt: skip
     return model
 
 
