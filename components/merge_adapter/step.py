@@ -33,7 +33,7 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     sequences = _probe_sequences(config, inputs["data"], data_card, base)
     merged = merge_adapter(base, adapter, model, max_shard_bytes=settings.max_shard_bytes, dtype=settings.dtype)
     probe = probe_merge(base, adapter, model, sequences)
-    pass
+    require_close(probe, settings.tolerance)
     _write_card(model, base, training, data_card, probe)
     record = {
         "base_uri": training["base_uri"],
