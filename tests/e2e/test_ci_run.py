@@ -173,12 +173,13 @@ class Training:
         with open(self.log, "w") as log:
             return subprocess.Popen(self.command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
 
-    def kill_after(self, update: int, seconds: float = 0.0) -> None:
-        """Start it, and SIGKILL it `seconds` after the row of `update` was written."""
+    def kill_after(self, update: int, fraction: float = 0.0) -> None:
+        """Start it, and SIGKILL it when the row of `update` is written and that fraction of another update is made."""
         process = self.start()
         while process.poll() is None and self._last() < update:
             time.sleep(0.002)
-        time.sleep(seconds)
+        *_, before, last = [{"time": 0.0}, *metrics(self.partial)]
+        time.sleep(fraction * (last["time"] - before["time"]))
         process.kill()
         assert process.wait() == -signal.SIGKILL, f"ended by itself before update {update}:\n{self.log.read_text()}"
         assert not self.output.exists()
@@ -208,14 +209,13 @@ class Story:
 
 @pytest.fixture(scope="module")
 def killed_rl(run, tmp_path_factory) -> Story:
-    """Four kills: before any checkpoint, between two, while one is being saved, and at a random instant."""
+    """Four kills: before any checkpoint, between two, when one is to be saved, and later; two at random instants."""
     training = Training("lora_rl", run, tmp_path_factory.mktemp("killed"), "lora_rl.checkpoint_every=5")
     continued = []
-    plan = [(2, 0.0), (random.randint(11, 14), random.uniform(0.0, 0.2)), (25, 0.0),
-            (random.randint(31, 48), random.uniform(0.0, 0.5))]  # fmt: skip
-    print("killed (update, seconds behind it):", plan)
-    for update, seconds in plan:
-        training.kill_after(max([update, *(last + 1 for last in training.killed_after[-1:])]), seconds)
+    plan = [(2, 0.0), (random.randint(11, 14), random.random()), (25, 0.0), (random.randint(31, 48), random.random())]
+    print("to be killed after (update, fraction of another):", plan)
+    for update, fraction in plan:
+        training.kill_after(max([update, *(last + 1 for last in training.killed_after[-1:])]), fraction)
         continued.append(training.continued_from())
     output = training.finish()
     return Story(output, training.killed_after, [*continued[1:], training.continued_from()])
@@ -231,10 +231,12 @@ def killed_sft(run, tmp_path_factory) -> Story:
 
 def test_killed_rl_goes_on_from_its_checkpoints(killed_rl):
     first, *later = killed_rl.continued_from
-    assert first == 0 or killed_rl.killed_after[0] > 5
+    assert first == 0 or killed_rl.killed_after[0] >= 5
     for killed_after, continued_from in zip(killed_rl.killed_after[1:], later, strict=True):
-        assert 0 < killed_after - continued_from <= 6  # the save behind the fifth row may not be complete
-        assert continued_from % 5 == 0
+        assert 0 <= killed_after - continued_from <= 5, (
+            killed_rl
+        )  # 5: killed before the save behind the row was complete
+        assert continued_from > 0
     assert len(set(killed_rl.killed_after)) == 4
 
 
