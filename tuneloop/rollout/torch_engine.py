@@ -71,7 +71,6 @@ class TorchEngine:
         self.model, self.max_sequences = model, max_sequences
         self.end_ids = end_token_ids(model) | {end_of_turn_id(tokenizer)}
         self._merged: dict[str, torch.Tensor] = {}
-        self._digest = ""
 
     def sync(self, adapter: Adapter | None) -> str:
         """Merge the adapter into copies of the matrices that it adapts; the base stays as it is.
@@ -80,29 +79,17 @@ class TorchEngine:
             UserError: the adapter was made for another model.
         """
         factors = adapter.factors if adapter else {}
-        wanted = adapter.digest() if adapter else ""
-        before = self._checksums()
         self._merged = {name: tensor for name, tensor in self._merged.items() if name in factors}
         with torch.no_grad():
             for name, (a, b) in factors.items():
                 weight = _linear(self.model, name).weight
                 if (b.shape[0], a.shape[1]) != tuple(weight.shape):
                     raise UserError(f"the adapter was made for another base: {name} has another shape")
-                if name not in self._merged:
-                    self._merged[name] = torch.empty_like(weight)
-                fold(weight, a, b, adapter.scaling(name), self._merged[name])  # type: ignore[union-attr]
-        # What the engine holds is named after its matrices: where they did not move, it still holds what it held.
-        if self._checksums() != before:
-            self._digest = wanted
-        return self._digest
-
-    def _checksums(self) -> dict[str, int]:
-        """A number for the bits of every merged matrix."""
-        integers = {2: torch.int16, 4: torch.int32}
-        return {
-            name: int(tensor.view(integers[tensor.element_size()]).sum(dtype=torch.int64))
-            for name, tensor in self._merged.items()
-        }
+                # From zero: a matrix that were left as it was before would pass for the new one for many updates.
+                merged = self._merged[name].zero_() if name in self._merged else torch.zeros_like(weight)
+                fold(weight, a, b, adapter.scaling(name), merged)  # type: ignore[union-attr]
+                self._merged[name] = merged
+        return adapter.digest() if adapter else ""
 
     @torch.no_grad()
     def generate(
