@@ -79,7 +79,7 @@ class MetricsWriter:
         return self._lines.offset()
 
     def flush(self) -> None:
-        """Hand everything so far to the kernel; TensorBoard's writer holds events back for up to two minutes."""
+        """Wait until every event is written: TensorBoard's writer works in a thread of its own."""
         self._board.flush()
 
     def close(self) -> None:
