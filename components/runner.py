@@ -131,6 +131,7 @@ def execute(step: Step, config: RunConfig, inputs: Mapping[str, str], output: st
         (partial / "step.json").write_text(json.dumps(result.__dict__, indent=2) + "\n")
         (partial / FINGERPRINT).unlink()
         os.replace(partial, target)
+        shutil.rmtree(target / CHECKPOINTS, ignore_errors=True)  # they served to get here, and are large
     memory = result.peak_rss_bytes / 1e6
     print(f"{step.name}: done in {result.seconds:.1f} s, peak memory {memory:,.0f} MB", flush=True)
     return result
