@@ -143,7 +143,7 @@ def _rl(folder: Path, updates: int) -> None:
     _write_lines(folder / "metrics.jsonl", rows)
     _write_lines(folder / "samples.jsonl", samples)
     _write(folder / "rl.json", {"updates": updates, "adapter_digest": "c" * 64, "reference_digest": "b" * 64,
-                                "validation_accuracy": {"first": 0.47, "last": 0.87}, 
+                                "validation_accuracy": {"first": 0.47, "last": 0.87},
                                 "base_uri": "bundled://smollm2-135m-instruct"})  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def _evaluation(folder: Path, promoted: bool, incumbent: bool) -> None:
     )  # fmt: skip
     rows = [
         {"model": name, "prompt_id": f"{i:032x}", "sample": sample, "completion": str(i + 40 + (i >= hits)),
-         "truncated": False, "correct": i < hits, "reward": float(i < hits)}
+         "tokens": 3, "truncated": False, "correct": i < hits, "reward": float(i < hits)}
         for name, hits in right.items() for i in range(512) for sample in (-1, 0)
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), folder / "answers.parquet")
