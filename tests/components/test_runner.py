@@ -110,6 +110,7 @@ def test_partial_output_is_continued_or_restarted(config, tmp_path, capsys):
         execute(step, config, {}, str(tmp_path / "out"))
     execute(step, tiny_config("lora.rank=2"), {}, str(tmp_path / "out"))
     assert seen == [False, False]
+    assert not (tmp_path / "out" / "checkpoints").exists(), "a finished output needs no checkpoints"
     assert "starting over" in capsys.readouterr().out
 
 
