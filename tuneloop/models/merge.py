@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from tuneloop.errors import UserError
+from tuneloop.files import fsync
 from tuneloop.models.adapter_io import CONFIG_NAME, Adapter, load_adapter, match_pattern
 from tuneloop.models.model_card import ModelCard
 from tuneloop.models.rounding import PERIOD, round_unbiased
@@ -121,7 +122,7 @@ def merge_adapter(
             config.pop("torch_dtype", None)
             (partial / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
         ModelCard(str(base), result.adapter_digest).write(partial, base)
-        _fsync_folder(partial)
+        fsync(partial)
         os.replace(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -340,11 +341,3 @@ def _copy_companions(base: Path, output: Path) -> None:
             shutil.copyfile(source, output / source.name)
         elif source.name == "additional_chat_templates":
             shutil.copytree(source, output / source.name)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
