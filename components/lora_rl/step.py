@@ -29,7 +29,8 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     from tuneloop.rewards.base import build_scorer
     from tuneloop.rollout.torch_engine import TorchEngine
     from tuneloop.rollout.weight_sync import Canary, WeightSync
-    from tuneloop.training.rl import Policy, RlTrainer
+    from tuneloop.training.policy import Policy
+    from tuneloop.training.rl import RlTask, RlTrainer
 
     settings = config.lora_rl
     scorer = build_scorer(config.task.rewards)
@@ -51,20 +52,8 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     ]
     tolerance = settings.engine.canary_tolerance or CANARY_TOLERANCES[config.model.dtype]
     sync = WeightSync(engine, model, layers, start.config, canaries, tolerance)
-    trainer = RlTrainer(
-        policy,
-        engine,
-        sync,
-        tokenizer,
-        scorer,
-        train,
-        validation,
-        settings,
-        max_new_tokens=config.task.max_new_tokens,
-        seed=config.seed,
-        folder=output,
-    )
-    result = trainer.run()
+    task = RlTask(tokenizer, scorer, train, validation, config.task.max_new_tokens)
+    result = RlTrainer(policy, sync, task, settings, seed=config.seed, folder=output).run()
     base_uri = str(base.resolve()) if base == warmed_model else config.model.uri
     trained = policy.adapter()
     save_adapter(Adapter(trained.factors, {**trained.config, "base_model_name_or_path": base_uri}), output / "adapter")

@@ -136,14 +136,14 @@ def test_the_canary_passes_when_engine_and_trainer_agree(folder: Path):
 
 def test_the_canary_notices_an_adapter_that_never_arrived(folder: Path, monkeypatch: pytest.MonkeyPatch):
     _, engine, sync = trainer_with(load_model(folder, "float32"), folder)
-    monkeypatch.setattr(engine, "sync", lambda adapter: "")
+    monkeypatch.setattr(engine, "sync", lambda adapter, name: "")
     with pytest.raises(CanaryFailed, match="the engine holds adapter none"):
         sync()
 
 
 def test_the_canary_notices_an_engine_that_only_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch):
     _, engine, sync = trainer_with(load_model(folder, "float32"), folder)
-    monkeypatch.setattr(engine, "sync", lambda adapter: adapter.digest())
+    monkeypatch.setattr(engine, "sync", lambda adapter, name: adapter.digest())
     with pytest.raises(CanaryFailed, match="differ by"):
         sync()
 

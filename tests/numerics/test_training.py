@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from tuneloop.algorithms.settings import AlgorithmSettings
 from tuneloop.data.schema import Example
 from tuneloop.errors import UserError
 from tuneloop.models.forward import score
@@ -26,7 +27,7 @@ from tuneloop.training.collect import Rollout, RolloutGroup
 from tuneloop.training.optim import MasterAdamW
 from tuneloop.training.reference import ReferencePolicy
 from tuneloop.training.score import score_rollout
-from tuneloop.training.settings import AlgorithmSettings, RlSettings, SftSettings
+from tuneloop.training.settings import RlSettings, SftSettings
 from tuneloop.training.sft import validation_loss, warm_up
 from tuneloop.training.update import update_policy
 

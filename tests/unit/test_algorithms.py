@@ -9,8 +9,8 @@ from tuneloop.algorithms.advantages import grpo_advantages
 from tuneloop.algorithms.correction import truncated_importance
 from tuneloop.algorithms.grpo import grpo_loss
 from tuneloop.algorithms.kl import kl_estimate
+from tuneloop.algorithms.settings import AlgorithmSettings
 from tuneloop.algorithms.types import LossInputs
-from tuneloop.training.settings import AlgorithmSettings
 
 
 def test_grpo_advantages_by_hand():

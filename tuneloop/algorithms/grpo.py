@@ -8,8 +8,8 @@ import torch
 from tuneloop.algorithms.aggregation import aggregate
 from tuneloop.algorithms.correction import truncated_importance
 from tuneloop.algorithms.kl import kl_estimate
+from tuneloop.algorithms.settings import AlgorithmSettings
 from tuneloop.algorithms.types import LossInputs, LossOutputs
-from tuneloop.training.settings import AlgorithmSettings
 
 
 def grpo_loss(inputs: LossInputs, settings: AlgorithmSettings) -> LossOutputs:

@@ -128,6 +128,15 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, dropout: float = 0.
     return layers
 
 
+def install(model: PreTrainedModel, layers: dict[str, LoraLinear]) -> None:
+    """Put these layers into the model, in place of whatever adapter layers it has; their base weights are its own."""
+    for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)]:
+        if name not in layers:
+            _replace(model, name, module.base)
+    for name, layer in layers.items():
+        _replace(model, name, layer)
+
+
 def extract(layers: dict[str, LoraLinear], config: dict) -> Adapter:
     """A copy of the layers' factors as an adapter."""
     factors = {name: (layer.A.detach().clone(), layer.B.detach().clone()) for name, layer in layers.items()}

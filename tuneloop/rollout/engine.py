@@ -35,16 +35,20 @@ class SampleStream:
     prompt_indices: Sequence[int] | None = None  # names of the prompts; None: their place in the call
 
 
-class RolloutEngine(Protocol):
-    """Samples completions from base + adapter.
+DEFAULT_ADAPTER = "policy"
 
-    Contract: `sync` replaces the adapter that later calls use, and returns its digest as the engine holds it;
-    `generate` returns `samples` completions for every prompt, in order, and is a pure function of the weights and the
-    arguments; `logprobs` scores given tokens with the weights that `generate` would use.
+
+class RolloutEngine(Protocol):
+    """Samples completions from base + one of several named adapters.
+
+    Contract: `sync` replaces the adapter that later calls with that name use, and returns its digest as the engine
+    holds it; `generate` returns `samples` completions for every prompt, in order, and is a pure function of the weights
+    and the arguments; `logprobs` scores given tokens with the weights that `generate` would use. `sleep` gives
+    accelerator memory back until `wake`; both do nothing on an engine that has none of its own.
     """
 
-    def sync(self, adapter: Adapter | None) -> str:
-        """Use this adapter from now on (None: the bare base); returns the digest of what the engine now holds."""
+    def sync(self, adapter: Adapter | None, name: str = DEFAULT_ADAPTER) -> str:
+        """Use this adapter under `name` from now on (None: the bare base); returns the digest that is now held."""
         ...
 
     def generate(
@@ -55,10 +59,25 @@ class RolloutEngine(Protocol):
         sampling: SamplingSettings,
         max_new_tokens: int,
         stream: SampleStream,
+        adapter: str = DEFAULT_ADAPTER,
     ) -> list[list[Completion]]:
         """Sample `samples` completions of every prompt."""
         ...
 
-    def logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+    def logprobs(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: str = DEFAULT_ADAPTER
+    ) -> list[list[float]]:
         """For every (prompt, completion), the log-probs (nats, temperature 1) of the completion's tokens."""
+        ...
+
+    def sleep(self) -> None:
+        """Give accelerator memory back while the trainer works."""
+        ...
+
+    def wake(self) -> None:
+        """Be ready to generate again."""
+        ...
+
+    def close(self) -> None:
+        """End the engine's processes and give its memory back."""
         ...

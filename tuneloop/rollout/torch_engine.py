@@ -23,7 +23,7 @@ from tuneloop.models.lora import LoraLinear
 from tuneloop.models.packed import pack
 from tuneloop.models.rounding import fold
 from tuneloop.rng import uniforms
-from tuneloop.rollout.engine import Completion, SampleStream
+from tuneloop.rollout.engine import DEFAULT_ADAPTER, Completion, SampleStream
 from tuneloop.rollout.kv_cache import Decode, GroupCache, Prefill
 from tuneloop.rollout.sampler import draw
 from tuneloop.settings import SamplingSettings
@@ -70,26 +70,44 @@ class TorchEngine:
     def _set_up(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_sequences: int) -> None:
         self.model, self.max_sequences = model, max_sequences
         self.end_ids = end_token_ids(model) | {end_of_turn_id(tokenizer)}
-        self._merged: dict[str, torch.Tensor] = {}
+        self._adapters: dict[str, Adapter | None] = {}
+        self._merged: dict[str, torch.Tensor] = {}  # of the adapter `_merged_name`
+        self._merged_name = DEFAULT_ADAPTER
 
-    def sync(self, adapter: Adapter | None) -> str:
+    def sync(self, adapter: Adapter | None, name: str = DEFAULT_ADAPTER) -> str:
         """Merge the adapter into copies of the matrices that it adapts; the base stays as it is.
 
         Raises:
             UserError: the adapter was made for another model.
         """
-        factors = adapter.factors if adapter else {}
-        self._merged = {name: tensor for name, tensor in self._merged.items() if name in factors}
-        with torch.no_grad():
-            for name, (a, b) in factors.items():
-                weight = _linear(self.model, name).weight
-                if (b.shape[0], a.shape[1]) != tuple(weight.shape):
-                    raise UserError(f"the adapter was made for another base: {name} has another shape")
-                # From zero: a matrix that were left as it was before would pass for the new one for many updates.
-                merged = self._merged[name].zero_() if name in self._merged else torch.zeros_like(weight)
-                fold(weight, a, b, adapter.scaling(name), merged)  # type: ignore[union-attr]
-                self._merged[name] = merged
+        self._adapters[name] = adapter
+        self._merge(name)
         return adapter.digest() if adapter else ""
+
+    @torch.no_grad()
+    def _merge(self, name: str) -> None:
+        adapter = self._adapters.get(name)
+        factors = adapter.factors if adapter else {}
+        self._merged_name = name
+        self._merged = {module: tensor for module, tensor in self._merged.items() if module in factors}
+        for module, (a, b) in factors.items():
+            weight = _linear(self.model, module).weight
+            if (b.shape[0], a.shape[1]) != tuple(weight.shape):
+                raise UserError(f"the adapter was made for another base: {module} has another shape")
+            # From zero: a matrix that were left as it was before would pass for the new one for many updates.
+            merged = self._merged[module].zero_() if module in self._merged else torch.zeros_like(weight)
+            fold(weight, a, b, adapter.scaling(module), merged)  # type: ignore[union-attr]
+            self._merged[module] = merged
+
+    def sleep(self) -> None:
+        """The weights are the trainer's: there is nothing to give back."""
+
+    def wake(self) -> None:
+        """Always awake."""
+
+    def close(self) -> None:
+        """Forget the merged matrices."""
+        self._merged, self._adapters = {}, {}
 
     @torch.no_grad()
     def generate(
@@ -100,28 +118,33 @@ class TorchEngine:
         sampling: SamplingSettings,
         max_new_tokens: int,
         stream: SampleStream,
+        adapter: str = DEFAULT_ADAPTER,
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`."""
         indices = stream.prompt_indices if stream.prompt_indices is not None else range(len(prompts))
         names = np.asarray(indices, dtype=np.uint64)
         results: list[list[Completion]] = []
-        with self._weights():
+        with self._weights(adapter):
             for part in _parts(prompts, max(1, self.max_sequences // samples)):
                 batch = _Batch(self, prompts[part], samples, sampling, stream, names[part])
                 results.extend(batch.run(max_new_tokens))
         return results
 
     @torch.no_grad()
-    def logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+    def logprobs(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: str = DEFAULT_ADAPTER
+    ) -> list[list[float]]:
         """See `RolloutEngine.logprobs`."""
         batch = pack([(prompt, [completion]) for prompt, completion in pairs], self.model.device)
-        with self._weights():
+        with self._weights(adapter):
             logprobs_S = score(self.model, batch).logprobs_S
         return [part.tolist() for part in logprobs_S.split([len(completion) for _, completion in pairs])]
 
     @contextmanager
-    def _weights(self) -> Iterator[None]:
+    def _weights(self, adapter: str) -> Iterator[None]:
         """Compute with the merged matrices instead of base + adapter, then put everything back."""
+        if adapter != self._merged_name:
+            self._merge(adapter)
         lora = [module for module in self.model.modules() if isinstance(module, LoraLinear)]
         was_enabled = [layer.enabled for layer in lora]
         linears = {name: _linear(self.model, name) for name in self._merged}

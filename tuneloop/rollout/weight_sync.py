@@ -15,7 +15,7 @@ from tuneloop.errors import TuneloopError
 from tuneloop.models.forward import score
 from tuneloop.models.lora import LoraLinear, extract
 from tuneloop.models.packed import pack
-from tuneloop.rollout.engine import RolloutEngine
+from tuneloop.rollout.engine import DEFAULT_ADAPTER, RolloutEngine
 
 
 class CanaryFailed(TuneloopError):
@@ -48,9 +48,11 @@ class WeightSync:
         adapter_config: dict,
         canaries: Sequence[Canary],
         tolerance: float,
+        name: str = DEFAULT_ADAPTER,
     ):
         self.engine, self.model, self.layers = engine, model, layers
         self.adapter_config, self.canaries, self.tolerance = adapter_config, canaries, tolerance
+        self.name = name  # of the adapter in the engine
         self.digest = ""  # of the adapter that was sent last
         self.changed = False  # whether it was another one than before
 
@@ -64,7 +66,7 @@ class WeightSync:
             CanaryFailed: the engine holds another adapter, or computes something else with it.
         """
         adapter = extract(self.layers, self.adapter_config)
-        held, sent = self.engine.sync(adapter), adapter.digest()
+        held, sent = self.engine.sync(adapter, self.name), adapter.digest()
         if held != sent:
             raise CanaryFailed(f"the engine holds adapter {held[:12] or 'none'} after {sent[:12]} was sent to it")
         self.changed = sent != self.digest
@@ -92,6 +94,7 @@ class WeightSync:
         batch = pack([(canary.prompt, [canary.completion]) for canary in self.canaries], self.model.device)
         trainer_S = score(self.model, batch).logprobs_S.cpu()
         self.model.train(was_training)
-        reported = self.engine.logprobs([(canary.prompt, canary.completion) for canary in self.canaries])
+        pairs = [(canary.prompt, canary.completion) for canary in self.canaries]
+        reported = self.engine.logprobs(pairs, self.name)
         engine_S = torch.tensor([value for values in reported for value in values])
         return float((trainer_S - engine_S).abs().mean())

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from tuneloop.data.chat import render_prompts
 from tuneloop.data.schema import Example
 from tuneloop.rewards.base import Score, Scorer
-from tuneloop.rollout.engine import Completion, RolloutEngine, SampleStream
+from tuneloop.rollout.engine import DEFAULT_ADAPTER, Completion, RolloutEngine, SampleStream
 from tuneloop.settings import SamplingSettings
+from tuneloop.training.world import World
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,32 @@ def collect(
     sampling: SamplingSettings,
     max_new_tokens: int,
     stream: SampleStream,
+    adapter: str = DEFAULT_ADAPTER,
+    world: World | None = None,
 ) -> Rollout:
-    """Sample `samples` completions of every example and score them.
+    """Sample `samples` completions of every example and score them; each process takes its share of the examples.
 
     Raises:
         UserError: a reward failed.
     """
-    prompts = render_prompts(tokenizer, [example.messages for example in examples])
-    sampled = engine.generate(prompts, samples=samples, sampling=sampling, max_new_tokens=max_new_tokens, stream=stream)
+    world = world or World()
+    mine = world.share(len(examples))
+    prompts = render_prompts(tokenizer, [examples[index].messages for index in mine])
+    sampled = engine.generate(
+        prompts,
+        samples=samples,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stream=SampleStream(stream.seed, stream.round, _names(stream, mine)),
+        adapter=adapter,
+    )
     groups = []
-    for example, prompt, completions in zip(examples, prompts, sampled, strict=True):
+    for index, prompt, completions in zip(mine, prompts, sampled, strict=True):
         texts = tokenizer.batch_decode([completion.token_ids for completion in completions], skip_special_tokens=True)
-        scores = [scorer.score(example, text) for text in texts]
-        groups.append(RolloutGroup(example, prompt, completions, texts, scores))
-    return Rollout(groups)
+        scores = [scorer.score(examples[index], text) for text in texts]
+        groups.append(RolloutGroup(examples[index], prompt, completions, texts, scores))
+    return Rollout(world.interleave(groups))
+
+
+def _names(stream: SampleStream, mine: Sequence[int]) -> list[int]:
+    return list(mine) if stream.prompt_indices is None else [stream.prompt_indices[index] for index in mine]

@@ -6,12 +6,47 @@ the two moments), so that one fused kernel updates them and a checkpoint is thre
 
 import math
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from tuneloop.errors import UserError
 from tuneloop.settings import OptimizerSettings
+
+
+class Optimizer(Protocol):
+    """What a training loop needs of an optimiser, whether it works in one process or in several.
+
+    Attributes:
+        updates: optimiser steps made.
+    """
+
+    updates: int
+
+    def learning_rate(self, update: int) -> float:
+        """The rate of optimiser step `update` (from 0)."""
+        ...
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`, this process's part of the minibatch's loss, to what is collected."""
+        ...
+
+    def step(self) -> tuple[float, float]:
+        """Apply the gradient summed over all processes and clear it; returns (norm before clipping, learning rate)."""
+        ...
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The whole state, whatever the number of processes: the flat tensors of `MasterAdamW.state`."""
+        ...
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Continue from `state()`; the parameters take the masters' values."""
+        ...
+
+    def release(self) -> None:
+        """Leave the parameters to another optimiser."""
+        ...
 
 
 class MasterAdamW:
@@ -57,6 +92,10 @@ class MasterAdamW:
             "cosine": 0.5 * (1.0 + math.cos(math.pi * gone)),
         }[self.settings.schedule]
         return self.settings.learning_rate * factor
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See `Optimizer.backward`; the parameters' hooks collect."""
+        loss.backward()
 
     def step(self) -> tuple[float, float]:
         """Apply the collected gradient and clear it; returns (gradient norm before clipping, learning rate).

@@ -6,42 +6,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tuneloop.data.schema import Example
 from tuneloop.errors import TryAgain, UserError
-from tuneloop.models.adapter_io import Adapter
-from tuneloop.models.lora import LoraLinear, extract, trainable_parameters
 from tuneloop.process import peak_rss_bytes
 from tuneloop.progress import Progress
 from tuneloop.rewards.base import Scorer
-from tuneloop.rollout.engine import RolloutEngine, SampleStream
+from tuneloop.rollout.engine import SampleStream
 from tuneloop.rollout.weight_sync import WeightSync
 from tuneloop.settings import SamplingSettings
 from tuneloop.training.collect import Rollout, collect
 from tuneloop.training.data_order import rows_of_update
-from tuneloop.training.optim import MasterAdamW
-from tuneloop.training.reference import ReferencePolicy
+from tuneloop.training.learner import Learner
+from tuneloop.training.policy import Policy
 from tuneloop.training.run_state import RunState
-from tuneloop.training.score import probe_kl, score_rollout
 from tuneloop.training.settings import RlSettings
 from tuneloop.training.stopping import StopRequest
-from tuneloop.training.update import update_policy
+from tuneloop.training.world import World
 
 GREEDY = SamplingSettings(temperature=0.0)
 
 
-@dataclass
-class Policy:
-    """What is trained: a model with its adapter layers, and their PEFT config."""
+@dataclass(frozen=True)
+class RlTask:
+    """What is asked, and how answers are judged."""
 
-    model: PreTrainedModel
-    layers: dict[str, LoraLinear]
-    adapter_config: dict
-
-    def adapter(self) -> Adapter:
-        """A copy of the adapter as it is now."""
-        return extract(self.layers, self.adapter_config)
+    tokenizer: PreTrainedTokenizerBase
+    scorer: Scorer
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -58,32 +53,23 @@ class RlResult:
 class RlTrainer:
     """Trains `policy` in place, resuming what `folder` holds.
 
-    The reference for KL is the policy as it is given, before any checkpoint is loaded: what the warm-up left.
+    `run` does everything; whoever trains several policies in turn calls `start`, then `advance` until `done`, then
+    `finish`, with the policy installed.
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        engine: RolloutEngine,
-        sync: WeightSync,
-        tokenizer: PreTrainedTokenizerBase,
-        scorer: Scorer,
-        train: Sequence[Example],
-        validation: Sequence[Example],
-        settings: RlSettings,
-        *,
-        max_new_tokens: int,
-        seed: int,
-        folder: Path,
+        self, policy: Policy, sync: WeightSync, task: RlTask, settings: RlSettings, *, seed: int, folder: Path
     ):
-        self.policy, self.engine, self.sync = policy, engine, sync
-        self.tokenizer, self.scorer = tokenizer, scorer
-        self.train_examples, self.validation_examples = train, validation
-        self.settings, self.max_new_tokens, self.seed = settings, max_new_tokens, seed
-        self.reference = ReferencePolicy(policy.model, policy.layers, policy.adapter())
-        steps = settings.updates * settings.algorithm.minibatches
-        self.optimizer = MasterAdamW(trainable_parameters(policy.layers), settings.optimizer, steps)
-        self.state = RunState(folder, self.optimizer, settings.keep_checkpoints)
+        self.policy, self.sync, self.engine, self.task = policy, sync, sync.engine, task
+        self.settings, self.seed = settings, seed
+        self.world = World()
+        self.learner = Learner(policy, settings, self.world)
+        self.state = RunState(folder, self.learner, settings.keep_checkpoints)
+
+    @property
+    def done(self) -> bool:
+        """Whether all updates are made."""
+        return self.state.update >= self.settings.updates
 
     def run(self) -> RlResult:
         """All updates that are left.
@@ -93,51 +79,62 @@ class RlTrainer:
             CanaryFailed: the engine does not sample from this policy.
             UserError: a reward failed, or too many completions are cut off.
         """
-        state, settings = self.state, self.settings
-        self.sync()
-        if state.update == 0:
-            state.metrics.write(0, self._validate())
-        with StopRequest() as stop, Progress("lora_rl", settings.updates, done=state.update) as progress:
-            while state.update < settings.updates:
-                values = self._one_update()
-                state.update += 1
-                done = state.update == settings.updates
-                if done or state.update % settings.validate_every == 0:
-                    values |= self._validate()
-                state.metrics.write(state.update, values)
-                if stop.requested or done or state.update % settings.checkpoint_every == 0:
-                    state.save()
-                if stop.requested and not done:
-                    raise TryAgain(f"stopped after update {state.update}, which is saved; run again to continue")
+        self.start()
+        with StopRequest() as stop, Progress("lora_rl", self.settings.updates, done=self.state.update) as progress:
+            while not self.done:
+                values = self.advance()
+                if self.world.any(stop.requested) and not self.done:
+                    self.stop()
                 progress.advance(note=f"reward {values['reward/mean']:.3f}")
-        state.close()
-        accuracies = state.metrics.column("validation/accuracy")
-        return RlResult(self.sync.digest, self.reference.digest, accuracies[0], accuracies[-1], settings.updates)
+        return self.finish()
+
+    def start(self) -> None:
+        """Give the engine its adapter; before the first update, validate."""
+        self.sync()
+        if self.state.update == 0:
+            self.state.metrics.write(0, self._validate())
+
+    def advance(self) -> dict[str, float]:
+        """One update, its metrics written, saved when a checkpoint is due; returns the metrics."""
+        state, settings = self.state, self.settings
+        values = self._one_update()
+        state.update += 1
+        if self.done or state.update % settings.validate_every == 0:
+            values |= self._validate()
+        state.metrics.write(state.update, values)
+        if self.done or state.update % settings.checkpoint_every == 0:
+            state.save()
+        return values
+
+    def stop(self) -> None:
+        """Save and raise.
+
+        Raises:
+            TryAgain: always.
+        """
+        self.state.save()
+        raise TryAgain(f"stopped after update {self.state.update}, which is saved; run again to continue")
+
+    def finish(self) -> RlResult:
+        """Close the logs and let go of the policy."""
+        self.state.close()
+        accuracies = self.state.metrics.column("validation/accuracy")
+        digest = self.learner.reference.digest
+        return RlResult(self.sync.digest, digest, accuracies[0], accuracies[-1], self.settings.updates)
 
     def _one_update(self) -> dict[str, float]:
-        settings, model = self.settings, self.policy.model
         clock = _Clock()
         torch.manual_seed(self.seed + self.state.update)  # for whatever draws from torch: equal after a resume
-        rows = rows_of_update(self.seed, self.state.update, settings.prompts_per_update, len(self.train_examples))
-        rollout = collect(
-            self.engine,
-            self.tokenizer,
-            self.scorer,
-            [self.train_examples[row] for row in rows],
-            samples=settings.group_size,
-            sampling=settings.sampling,
-            max_new_tokens=self.max_new_tokens,
-            stream=SampleStream(self.seed, self.state.update + 1),
-        )
-        values = rollout.metrics(self.scorer)
+        rollout = self._collect()
+        values = rollout.metrics(self.task.scorer)
         self._refuse_truncation(values["completion/truncated_share"])
         clock.lap("collect")
-        minibatches = score_rollout(model, self.reference, rollout, settings)
-        if settings.algorithm.kl_coefficient == 0:
-            values["kl/reference"] = probe_kl(model, self.reference, rollout, settings.sampling.temperature)
+        self.engine.sleep()
+        minibatches, scored = self.learner.score(rollout)
         clock.lap("score")
-        values |= update_policy(model, self.optimizer, minibatches, settings)
+        values |= scored | self.learner.update(minibatches)
         clock.lap("update")
+        self.engine.wake()
         self.sync.refuse_gap(values.get("divergence/mean", 0.0), "rollout")
         values["canary/gap"] = self.sync()
         values["canary/changed"] = float(self.sync.changed)
@@ -147,29 +144,46 @@ class RlTrainer:
         values["memory/peak_rss_bytes"] = float(peak_rss_bytes())
         return values | {f"seconds/{name}": seconds for name, seconds in clock.seconds.items()}
 
+    def _collect(self) -> Rollout:
+        rows = rows_of_update(self.seed, self.state.update, self.settings.prompts_per_update, len(self.task.train))
+        return collect(
+            self.engine,
+            self.task.tokenizer,
+            self.task.scorer,
+            [self.task.train[row] for row in rows],
+            samples=self.settings.group_size,
+            sampling=self.settings.sampling,
+            max_new_tokens=self.task.max_new_tokens,
+            stream=SampleStream(self.seed, self.state.update + 1),
+            adapter=self.sync.name,
+            world=self.world,
+        )
+
     def _refuse_truncation(self, share: float) -> None:
         if share > self.settings.max_truncated_share:
             raise UserError(
-                f"{share:.0%} of the completions are cut off at task.max_new_tokens = {self.max_new_tokens}, more than "
-                f"lora_rl.max_truncated_share = {self.settings.max_truncated_share:.0%}: raise one of the two"
+                f"{share:.0%} of the completions are cut off at task.max_new_tokens = {self.task.max_new_tokens}, "
+                f"more than lora_rl.max_truncated_share = {self.settings.max_truncated_share:.0%}: raise one of the two"
             )
 
     def _validate(self) -> dict[str, float]:
         """Greedy completions of the held-out prompts; the first few are kept for the report."""
         rollout = collect(
             self.engine,
-            self.tokenizer,
-            self.scorer,
-            self.validation_examples,
+            self.task.tokenizer,
+            self.task.scorer,
+            self.task.validation,
             samples=1,
             sampling=GREEDY,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.task.max_new_tokens,
             stream=SampleStream(self.seed, 0),
+            adapter=self.sync.name,
+            world=self.world,
         )
         self._keep_samples(rollout)
         return {
             "validation/reward": float(rollout.rewards_NG().mean()),
-            "validation/accuracy": rollout.accuracy(self.scorer),
+            "validation/accuracy": rollout.accuracy(self.task.scorer),
         }
 
     def _keep_samples(self, rollout: Rollout) -> None:
@@ -182,7 +196,7 @@ class RlTrainer:
                     "answer": group.example.answer,
                     "completion": group.texts[0],
                     "reward": group.scores[0].total,
-                    "correct": self.scorer.is_correct(group.scores[0]),
+                    "correct": self.task.scorer.is_correct(group.scores[0]),
                     "rewards": group.scores[0].parts,
                 }
             )

@@ -2,12 +2,29 @@
 
 import json
 from pathlib import Path
+from typing import Protocol
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from tuneloop.checkpoint import CheckpointStore
 from tuneloop.metrics import JsonLines, MetricsWriter
-from tuneloop.training.optim import MasterAdamW
+
+
+class Trained(Protocol):
+    """What a checkpoint holds: everything that training changes, as named tensors."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Tensors from which `load_state` continues to the last bit."""
+        ...
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Continue from `state()`."""
+        ...
+
+    def release(self) -> None:
+        """Leave the parameters to somebody else."""
+        ...
 
 
 class RunState:
@@ -21,8 +38,8 @@ class RunState:
         metrics, samples: the loop's logs.
     """
 
-    def __init__(self, folder: Path, optimizer: MasterAdamW, keep: int):
-        self.optimizer = optimizer
+    def __init__(self, folder: Path, trained: Trained, keep: int):
+        self.trained = trained
         self._store = CheckpointStore(folder / "checkpoints", keep)
         checkpoint = self._store.latest()
         saved = {"seconds": 0.0, "metrics": 0, "samples": 0}
@@ -30,7 +47,7 @@ class RunState:
         if checkpoint:
             self.update = checkpoint.update
             saved = json.loads((checkpoint.path / "state.json").read_text())
-            optimizer.load_state(load_file(checkpoint.path / "optimizer.safetensors"))
+            trained.load_state(load_file(checkpoint.path / "optimizer.safetensors"))
             print(f"continuing from the checkpoint of update {self.update}", flush=True)
         self.metrics = MetricsWriter(
             folder,
@@ -46,7 +63,7 @@ class RunState:
 
         def write(folder: Path) -> None:
             save_file(
-                {name: t.contiguous() for name, t in self.optimizer.state().items()}, folder / "optimizer.safetensors"
+                {name: t.contiguous() for name, t in self.trained.state().items()}, folder / "optimizer.safetensors"
             )
             state = {
                 "seconds": self.metrics.seconds(),
@@ -59,6 +76,6 @@ class RunState:
 
     def close(self) -> None:
         """Flush and close the logs, and let go of the parameters."""
-        self.optimizer.release()
+        self.trained.release()
         self.metrics.close()
         self.samples.close()

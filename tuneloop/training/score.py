@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 from tuneloop.algorithms.advantages import grpo_advantages
 from tuneloop.models.forward import score
 from tuneloop.models.packed import Group, PackedBatch, pack
-from tuneloop.training.batching import micro_batches
+from tuneloop.training.balance import partition
+from tuneloop.training.batching import micro_batches, packed_length
 from tuneloop.training.collect import Rollout
 from tuneloop.training.reference import ReferencePolicy
 from tuneloop.training.settings import RlSettings
+from tuneloop.training.world import World
 
 PROBED_PROMPTS = 8  # prompts on which KL is measured when it is not in the loss
 
@@ -42,12 +44,18 @@ class Minibatch:
 
 
 def score_rollout(
-    model: PreTrainedModel, reference: ReferencePolicy, rollout: Rollout, settings: RlSettings
+    model: PreTrainedModel,
+    reference: ReferencePolicy,
+    rollout: Rollout,
+    settings: RlSettings,
+    world: World | None = None,
 ) -> list[Minibatch]:
-    """Advantages, minibatches, and the log-probs that the update's own forward pass cannot give.
+    """Advantages, this process's minibatches, and the log-probs that the update's own forward pass cannot give.
 
-    A group whose rewards are all equal teaches nothing and is left out, unless KL is in the loss.
+    A group whose rewards are all equal teaches nothing and is left out, unless KL is in the loss. Every process holds
+    the whole rollout; what is left of a minibatch is shared so that all have about the same work.
     """
+    world = world or World()
     advantages_NG = grpo_advantages(rollout.rewards_NG())
     with_kl = settings.algorithm.kl_coefficient > 0
     prompts = len(rollout.groups)
@@ -56,6 +64,8 @@ def score_rollout(
     for first, end in pairwise(bounds):
         members = range(first, end)
         kept = [n for n in members if with_kl or bool(advantages_NG[n].any())]
+        costs = [packed_length(_group(rollout, n)) for n in kept]
+        kept = [kept[i] for i in partition(costs, world.size)[world.rank]]
         groups: list[Group] = [_group(rollout, n) for n in kept]
         micro = [
             # The first minibatch is trained on the very policy that was rolled out: the update's forward pass will do.

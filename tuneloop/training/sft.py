@@ -91,7 +91,7 @@ def _update(
     for members in micro_batches(groups, settings.micro_batch_tokens):
         batch = pack([groups[index] for index in members], model.device)
         loss = -score(model, batch).logprobs_S.sum() / tokens
-        loss.backward()
+        optimizer.backward(loss)
         total += float(loss.detach())
     norm, rate = optimizer.step()
     packed = sum(packed_length(group) for group in groups)

@@ -11,19 +11,25 @@ from transformers import PreTrainedModel
 from tuneloop.algorithms.grpo import grpo_loss
 from tuneloop.algorithms.types import LossInputs
 from tuneloop.models.forward import score
-from tuneloop.training.optim import MasterAdamW
+from tuneloop.training.optim import Optimizer
 from tuneloop.training.score import Minibatch
 from tuneloop.training.settings import RlSettings
+from tuneloop.training.world import World
 
 
 def update_policy(
-    model: PreTrainedModel, optimizer: MasterAdamW, minibatches: Sequence[Minibatch], settings: RlSettings
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    minibatches: Sequence[Minibatch],
+    settings: RlSettings,
+    world: World | None = None,
 ) -> dict[str, float]:
     """One optimiser step a minibatch that has anything to learn from.
 
     Returns:
         Metrics of docs/metrics.md; `update/steps` is how many optimiser steps were made.
     """
+    world = world or World()
     sums: dict[str, float] = defaultdict(float)
     largest_gap, norms, rate, steps = 0.0, [], optimizer.learning_rate(optimizer.updates), 0
     model.train()
@@ -46,7 +52,7 @@ def update_policy(
                 ),
                 settings.algorithm,
             )
-            outputs.loss.backward()
+            optimizer.backward(outputs.loss)
             gap_S = micro.behaviour_S - old_S
             largest_gap = max(largest_gap, float(gap_S.abs().max()))
             for name, value in outputs.sums.items():
@@ -59,11 +65,12 @@ def update_policy(
             sums["entropy"] += float(scores.entropy_S.sum())
             if micro.reference_S is not None:
                 sums["kl"] += float((detached_S - micro.reference_S).sum())
-        if minibatch.micro:
+        if world.any(bool(minibatch.micro)):
             norm, rate = optimizer.step()
             norms.append(norm)
             steps += 1
-    return _metrics(sums, norms, rate, steps, largest_gap, settings)
+    largest_gap = max(world.gather(largest_gap))
+    return _metrics(defaultdict(float, world.sum(sums)), norms, rate, steps, largest_gap, settings)
 
 
 def _metrics(sums, norms, rate, steps, largest_gap, settings) -> dict[str, float]:
