@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.check.safetensors_header import TensorHeader, read_header
 from components.config import RunConfig
 from tuneloop.errors import UserError
+from tuneloop.models.safetensors_header import TensorHeader, read_header
 from tuneloop.models.sources import resolve_model, weight_files
 from tuneloop.models.targets import choose_targets, match_pattern
 

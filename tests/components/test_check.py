@@ -12,11 +12,11 @@ import pytest
 from components.check.consistency import check_consistency
 from components.check.model import check_model
 from components.check.plan import make_plan
-from components.check.safetensors_header import read_header
 from components.check.step import STEP
 from components.runner import execute
 from tests.tiny_run import tiny_config
 from tuneloop.errors import UserError
+from tuneloop.models.safetensors_header import read_header
 from tuneloop.models.sources import resolve_model
 
 
