@@ -13,6 +13,7 @@ from components.promote.config import PromoteConfig
 from components.sft_warmup.config import SftWarmupConfig
 from tuneloop.config import StrictModel, load_config
 from tuneloop.settings import LoraSettings, ModelSettings, TaskSettings
+from tuneloop.tracking.settings import TrackingSettings
 
 
 class RunConfig(StrictModel):
@@ -30,6 +31,7 @@ class RunConfig(StrictModel):
     merge_adapter: MergeAdapterConfig = MergeAdapterConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
+    tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
     def _lengths_fit_the_context(self) -> "RunConfig":

@@ -34,6 +34,7 @@ from tuneloop.config import config_digest, resolved_json
 from tuneloop.errors import EXIT_OK, TryAgain, TuneloopError, UserError
 from tuneloop.process import peak_rss_bytes
 from tuneloop.storage import local_path
+from tuneloop.tracking import tracked
 from tuneloop.training.stopping import REPEAT_SECONDS
 
 Summary = dict[str, float | int | str | bool | None]
@@ -112,7 +113,8 @@ def execute(step: Step, config: RunConfig, inputs: Mapping[str, str], output: st
         (partial / FINGERPRINT).write_text(fingerprint)
         started = time.perf_counter()
         try:
-            summary = step.run(config, paths, partial)
+            with _tracked(step, config, partial, target):
+                summary = step.run(config, paths, partial)
         except BaseException:
             if not step.resumable or not (partial / CHECKPOINTS).is_dir():
                 shutil.rmtree(partial, ignore_errors=True)
@@ -135,6 +137,13 @@ def execute(step: Step, config: RunConfig, inputs: Mapping[str, str], output: st
     memory = result.peak_rss_bytes / 1e6
     print(f"{step.name}: done in {result.seconds:.1f} s, peak memory {memory:,.0f} MB", flush=True)
     return result
+
+
+def _tracked(step: Step, config: RunConfig, partial: Path, target: Path) -> contextlib.AbstractContextManager[None]:
+    if not step.resumable:  # only training logs metrics
+        return contextlib.nullcontext()
+    group = target.resolve().parent.name or config.name
+    return tracked(config.tracking, partial, group=group, step=step.name, resolved=config.model_dump(mode="json"))
 
 
 def _finished_before(step: Step, target: Path, fingerprint: str) -> StepResult:
