@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from tuneloop.models.attention import AttentionContext
-from tuneloop.models.logprobs import TokenScores, token_scores
+from tuneloop.models.logprobs import TokenScores
 from tuneloop.models.packed import PackedBatch
+from tuneloop.models.sharding import TokenScorer, sharding_of
 
 
 def hidden_states(
@@ -27,12 +28,22 @@ def head_weight(model: PreTrainedModel) -> torch.Tensor:
 
 def score(model: PreTrainedModel, batch: PackedBatch, temperature: float = 1.0) -> TokenScores:
     """Log-probs and entropies of every scored token of the batch."""
+    return score_with_hidden(model, batch, temperature)[0]
+
+
+def score_with_hidden(
+    model: PreTrainedModel, batch: PackedBatch, temperature: float = 1.0
+) -> tuple[TokenScores, torch.Tensor]:
+    """`score`, and the last hidden states (T, D) that it was made from."""
+    sharding = sharding_of(model)
+    if sharding is None:
+        return _score(model, batch, temperature, TokenScorer(model.get_output_embeddings()))
+    return sharding.run(lambda: _score(model, batch, temperature, sharding.scorer))
+
+
+def _score(
+    model: PreTrainedModel, batch: PackedBatch, temperature: float, scorer: TokenScorer
+) -> tuple[TokenScores, torch.Tensor]:
     hidden_TD = hidden_states(model, batch.input_ids_T, batch.position_ids_T, batch)
-    return token_scores(
-        hidden_TD,
-        head_weight(model),
-        batch.row_S,
-        batch.target_S,
-        temperature=temperature,
-        shared_rows=batch.shared_S,
-    )
+    scores = scorer(hidden_TD, batch.row_S, batch.target_S, temperature, batch.shared_S)
+    return TokenScores(*scores), hidden_TD

@@ -5,8 +5,8 @@ the two moments), so that one fused kernel updates them and a checkpoint is thre
 """
 
 import math
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -49,6 +49,25 @@ class Optimizer(Protocol):
         ...
 
 
+class AnnouncedSteps:
+    """An optimiser that says when it is about to change the parameters.
+
+    Args:
+        before_step: called before each step.
+    """
+
+    def __init__(self, optimizer: Optimizer, before_step: Callable[[], None]):
+        self._optimizer, self._before_step = optimizer, before_step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def step(self) -> tuple[float, float]:
+        """Announce, then step."""
+        self._before_step()
+        return self._optimizer.step()
+
+
 class MasterAdamW:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) with linear warm-up, a schedule, and gradient-norm clipping.
 
@@ -82,16 +101,7 @@ class MasterAdamW:
 
     def learning_rate(self, update: int) -> float:
         """The rate of optimiser step `update` (from 0)."""
-        warmup = self.settings.warmup_updates
-        if update < warmup:
-            return self.settings.learning_rate * (update + 1) / warmup
-        gone = (update - warmup) / max(1, self.total_updates - warmup)
-        factor = {
-            "constant": 1.0,
-            "linear": 1.0 - gone,
-            "cosine": 0.5 * (1.0 + math.cos(math.pi * gone)),
-        }[self.settings.schedule]
-        return self.settings.learning_rate * factor
+        return scheduled_rate(self.settings, self.total_updates, update)
 
     def backward(self, loss: torch.Tensor) -> None:
         """See `Optimizer.backward`; the parameters' hooks collect."""
@@ -103,21 +113,27 @@ class MasterAdamW:
         Raises:
             UserError: the gradient is not finite; nothing was changed.
         """
-        gradient = self._master.grad
-        assert gradient is not None
-        norm = float(torch.linalg.vector_norm(gradient))
+        norm = float(torch.linalg.vector_norm(self.gradient))
+        require_finite(norm, self.updates)
+        return norm, self.apply(norm)
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """What is collected, flat."""
+        assert self._master.grad is not None
+        return self._master.grad
+
+    def apply(self, norm: float) -> float:
+        """Apply the collected gradient, clipped as part of one whose norm is `norm`, and clear it; returns the rate."""
         rate = self.learning_rate(self.updates)
-        if not math.isfinite(norm):
-            raise UserError(f"the gradient of optimiser step {self.updates + 1} is not finite: the training diverged; "
-                            "lower the learning rate and run again")  # fmt: skip
         if norm > self.settings.max_grad_norm:
-            gradient.mul_(self.settings.max_grad_norm / norm)
+            self.gradient.mul_(self.settings.max_grad_norm / norm)
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
         self._write_back()
-        gradient.zero_()
+        self.gradient.zero_()
         self.updates += 1
-        return norm, rate
+        return rate
 
     def release(self) -> None:
         """Leave the parameters to another optimiser."""
@@ -152,6 +168,35 @@ class MasterAdamW:
             "exp_avg_sq": state["exp_avg_sq"].to(device, copy=True),
         }
         self._write_back()
+
+
+def scheduled_rate(settings: OptimizerSettings, total_updates: int, update: int) -> float:
+    """The learning rate of optimiser step `update` (from 0) of `total_updates`."""
+    warmup = settings.warmup_updates
+    if update < warmup:
+        return settings.learning_rate * (update + 1) / warmup
+    gone = (update - warmup) / max(1, total_updates - warmup)
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - gone,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * gone)),
+    }[settings.schedule]
+    return settings.learning_rate * factor
+
+
+def require_finite(norm: float, updates: int) -> None:
+    """Refuse a gradient that no step can be made with.
+
+    Args:
+        norm: of the whole gradient.
+        updates: optimiser steps made before.
+
+    Raises:
+        UserError: it is not finite.
+    """
+    if not math.isfinite(norm):
+        raise UserError(f"the gradient of optimiser step {updates + 1} is not finite: the training diverged; "
+                        "lower the learning rate and run again")  # fmt: skip
 
 
 def _collector(gradient: torch.Tensor):

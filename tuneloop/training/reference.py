@@ -1,47 +1,98 @@
-"""The reference policy that KL is measured against: the same base with the adapter as SFT left it.
+"""The reference policy that KL is measured against: the policy as SFT left it.
 
 Legend: S scored tokens.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from tuneloop.models.adapter_io import Adapter
+from tuneloop.models.digest import weights_digest
 from tuneloop.models.forward import score
 from tuneloop.models.lora import LoraLinear
 from tuneloop.models.packed import PackedBatch
 
 
+class Reference(Protocol):
+    """The policy before training.
+
+    Attributes:
+        digest: of what it computes with.
+        kept: whether it can compute at all.
+    """
+
+    digest: str
+    kept: bool
+
+    def logprobs(self, batch: PackedBatch, temperature: float) -> torch.Tensor:
+        """Log-probs (nats) of the batch's scored tokens, shape (S,)."""
+        ...
+
+
 class ReferencePolicy:
-    """A frozen copy of the factors, put in place of the trained ones for the length of a forward pass."""
+    """A frozen copy of the factors, put in place of the trained ones for the length of a forward pass.
+
+    The copy keeps its own ranks when those of the layers change; their scaling does not.
+    """
+
+    kept = True
 
     def __init__(self, model: PreTrainedModel, layers: dict[str, LoraLinear], adapter: Adapter):
         self.model, self.layers = model, layers
         self.digest = adapter.digest()
-        self._factors = {
-            name: (a.to(layers[name].A).clone(), b.to(layers[name].B).clone())
-            for name, (a, b) in adapter.factors.items()
-        }
+        self._factors = {}
+        for name, (a, b) in adapter.factors.items():
+            layer, scaling = layers[name], adapter.scaling(name)
+            if scaling != layer.scaling:
+                b = b.float() * (scaling / layer.scaling)  # what `extract` had folded into B
+            self._factors[name] = (a.to(layer.A).clone(), b.to(layer.B).clone())
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch, temperature: float) -> torch.Tensor:
-        """Log-probs (nats) of the batch's scored tokens, shape (S,)."""
-        with self._in_place():
+        """See `Reference.logprobs`."""
+        places = [(factor, copy) for name, pair in self._factors.items() for factor, copy in self._pairs(name, pair)]
+        with _in_place(self.model, places):
             return score(self.model, batch, temperature).logprobs_S
 
-    @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        trained = {name: (layer.A.data, layer.B.data) for name, layer in self.layers.items()}
-        was_training = self.model.training
-        try:
-            self.model.eval()
-            for name, layer in self.layers.items():
-                layer.A.data, layer.B.data = self._factors[name]
-            yield
-        finally:
-            for name, layer in self.layers.items():
-                layer.A.data, layer.B.data = trained[name]
-            self.model.train(was_training)
+    def _pairs(self, name: str, copies: tuple[torch.Tensor, torch.Tensor]):
+        return zip((self.layers[name].A, self.layers[name].B), copies, strict=True)
+
+
+class ReferenceWeights:
+    """A frozen copy of every weight of a model that is trained whole.
+
+    Args:
+        keep: make the copy, as large as the model; without it only the digest is known.
+    """
+
+    def __init__(self, model: PreTrainedModel, keep: bool):
+        self.model, self.kept, self.digest = model, keep, weights_digest(model)
+        self._copies = [parameter.detach().clone() for parameter in model.parameters()] if keep else []
+
+    @torch.no_grad()
+    def logprobs(self, batch: PackedBatch, temperature: float) -> torch.Tensor:
+        """See `Reference.logprobs`."""
+        assert self.kept, "the reference was not kept: nothing was to need it"
+        with _in_place(self.model, list(zip(self.model.parameters(), self._copies, strict=True))):
+            return score(self.model, batch, temperature).logprobs_S
+
+
+@contextmanager
+def _in_place(model: PreTrainedModel, places: list[tuple[nn.Parameter, torch.Tensor]]) -> Iterator[None]:
+    """Compute with these values in the place of the parameters'."""
+    trained = [parameter.data for parameter, _ in places]
+    was_training = model.training
+    try:
+        model.eval()
+        for parameter, copy in places:
+            parameter.data = copy
+        yield
+    finally:
+        for (parameter, _), value in zip(places, trained, strict=True):
+            parameter.data = value
+        model.train(was_training)
