@@ -286,7 +286,7 @@ TOKENS = [1 + 2 + 3, 2 + 3 + 1, 3 + 1 + 2, 1 + 2 + 3]
 def test_groups_without_a_signal_are_left_out_unless_kl_is_in_the_loss(base: Path, coefficient: float, trained: int):
     model, layers = adapted(base, scale=0.1)
     reference = ReferencePolicy(model, layers, extract(layers, {"lora_alpha": 8.0}))
-    [minibatch] = score_rollout(model, reference, rollout_of(model, MIXED), rl_settings(kl_coefficient=coefficient))
+    [minibatch], _ = score_rollout(model, reference, rollout_of(model, MIXED), rl_settings(kl_coefficient=coefficient))
     assert sum(len(micro.behaviour_S) for micro in minibatch.micro) == trained
     assert (minibatch.token_total, minibatch.completion_total) == (sum(TOKENS), 12)  # skipped ones count in the mean
     assert all((micro.reference_S is None) == (coefficient == 0.0) for micro in minibatch.micro)
@@ -297,7 +297,7 @@ def test_update_without_any_signal_makes_no_step(base: Path):
     reference = ReferencePolicy(model, layers, extract(layers, {"lora_alpha": 8.0}))
     optimizer = MasterAdamW(trainable_parameters(layers), OptimizerSettings(learning_rate=0.1), 4)
     before = weights(model)
-    minibatches = score_rollout(model, reference, rollout_of(model, [[1.0, 1.0], [0.0, 0.0]]), rl_settings())
+    minibatches, _ = score_rollout(model, reference, rollout_of(model, [[1.0, 1.0], [0.0, 0.0]]), rl_settings())
     assert update_policy(model, optimizer, minibatches, rl_settings())["update/steps"] == 0.0
     assert optimizer.updates == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
@@ -313,7 +313,7 @@ def test_update_in_small_micro_batches_collects_the_same_gradient(base: Path, ag
         optimizer = MasterAdamW(trainable_parameters(layers), settings.optimizer, 1)
         for layer in layers.values():
             layer.B.data.mul_(1.1)  # away from the reference, so that KL has a gradient
-        minibatches = score_rollout(model, reference, rollout_of(model, MIXED), settings)
+        minibatches, _ = score_rollout(model, reference, rollout_of(model, MIXED), settings)
         losses.append(update_policy(model, optimizer, minibatches, settings)["loss/policy"])
         collected.append(optimizer.state()["exp_avg"].clone())  # a tenth of the gradient after the first step
     assert len(minibatches[0].micro) == 1
@@ -336,7 +336,7 @@ def test_second_minibatch_is_held_against_the_policy_before_the_first(base: Path
         batch = pack([(group.prompt, [completion.token_ids for completion in group.completions])])
         with torch.no_grad():
             old_S = score(model, batch).logprobs_S
-        minibatches = score_rollout(model, reference, rollout, settings)
+        minibatches, _ = score_rollout(model, reference, rollout, settings)
         values = update_policy(model, optimizer, minibatches[:minibatches_made], settings)
         losses.append(minibatches_made * values["loss/policy"])  # the metric is the mean over optimiser steps
         if minibatches_made == 1:

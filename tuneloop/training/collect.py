@@ -5,7 +5,7 @@ Legend: N prompts, G completions a prompt.
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -31,25 +31,28 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One round of sampling."""
+    """One round of sampling: the groups to learn from, and those that dynamic sampling replaced."""
 
     groups: list[RolloutGroup]
+    discarded: list[RolloutGroup] = field(default_factory=list)
 
     def rewards_NG(self) -> torch.Tensor:
-        """Total rewards, shape (N, G)."""
-        return torch.tensor([[score.total for score in group.scores] for group in self.groups])
+        """Total rewards of the groups to learn from, shape (N, G)."""
+        return _rewards_NG(self.groups)
 
     def metrics(self, scorer: Scorer) -> dict[str, float]:
-        """Rewards and lengths of the round; names are in docs/metrics.md."""
-        rewards_NG = self.rewards_NG()
-        completions = [completion for group in self.groups for completion in group.completions]
-        scores = [score for group in self.groups for score in group.scores]
+        """Rewards and lengths of all that was sampled; names are in docs/metrics.md."""
+        groups = self.groups + self.discarded
+        rewards_NG = _rewards_NG(groups)
+        completions = [completion for group in groups for completion in group.completions]
+        scores = [score for group in groups for score in group.scores]
         values = {
             "reward/mean": float(rewards_NG.mean()),
             "reward/std": float(rewards_NG.std()),
             "groups/zero_spread_share": float((rewards_NG == rewards_NG[:, :1]).all(1).float().mean()),
             "completion/tokens_mean": statistics.fmean(len(completion.token_ids) for completion in completions),
             "completion/truncated_share": statistics.fmean(not completion.finished for completion in completions),
+            "groups/discarded": float(len(self.discarded)),
         }
         for name in scorer.names:
             values[f"reward/{name}/mean"] = statistics.fmean(score.parts[name] for score in scores)
@@ -57,7 +60,8 @@ class Rollout:
 
     def tokens(self) -> int:
         """Sampled tokens."""
-        return sum(len(completion.token_ids) for group in self.groups for completion in group.completions)
+        groups = self.groups + self.discarded
+        return sum(len(completion.token_ids) for group in groups for completion in group.completions)
 
     def accuracy(self, scorer: Scorer) -> float:
         """Share of correct completions."""
@@ -99,6 +103,10 @@ def collect(
         scores = [scorer.score(examples[index], text) for text in texts]
         groups.append(RolloutGroup(examples[index], prompt, completions, texts, scores))
     return Rollout(world.interleave(groups))
+
+
+def _rewards_NG(groups: Sequence[RolloutGroup]) -> torch.Tensor:
+    return torch.tensor([[score.total for score in group.scores] for group in groups])
 
 
 def _names(stream: SampleStream, mine: Sequence[int]) -> list[int]:
