@@ -13,6 +13,7 @@ from tuneloop.tracking.follow import Follower
 from tuneloop.tracking.tracker import Outcome, TrackedRun, Tracker
 
 LOG = "metrics.jsonl"
+MESSAGE_LENGTH = 200
 POLL_SECONDS = 1.0
 RETRY_SECONDS = 30.0  # after a failure
 # At the end; whoever was told to stop has a grace of about half a minute for everything.
@@ -35,7 +36,8 @@ class Delivery(threading.Thread):
         super().__init__(name=f"tracking-{kind}", daemon=True)
         self._kind, self._make, self._folder, self._describe = kind, make, folder, describe
         self._logs: dict[Path, _Log] = {}
-        self._stop_asked, self._outcome = threading.Event(), "failed"
+        self._stop_asked = threading.Event()
+        self._outcome: Outcome = "failed"
         self._trouble = ""
 
     def run(self) -> None:
@@ -45,7 +47,8 @@ class Delivery(threading.Thread):
             stopping = self._stop_asked.wait(RETRY_SECONDS if self._trouble else POLL_SECONDS)
             self._attempt(self._deliver)
         for log in self._logs.values():
-            self._attempt(lambda log=log: log.close(self._outcome))  # type: ignore[arg-type]
+            if log.opened:
+                self._attempt(lambda log=log: log.close(self._outcome))
 
     def finish(self, outcome: Outcome) -> None:
         """Deliver what is left, for a bounded time, and end the tracked runs."""
@@ -67,13 +70,18 @@ class Delivery(threading.Thread):
             action()
         except Exception as error:  # whatever goes wrong in a tracker, training goes on
             if not self._trouble:
-                first = (str(error).strip().splitlines() or [""])[0][:300]
-                print(f"tracking: {self._kind} fails ({type(error).__name__}: {first}); training goes on", flush=True)
+                print(f"tracking: {self._kind} fails ({in_short(error)}); training goes on", flush=True)
             self._trouble = str(error) or type(error).__name__
         else:
             if self._trouble:
                 print(f"tracking: {self._kind} works again", flush=True)
             self._trouble = ""
+
+
+def in_short(error: Exception) -> str:
+    """One line of a reasonable length."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]}…"
 
 
 class _Log:
@@ -83,21 +91,21 @@ class _Log:
         self._tracker, self._describe, self._folder = tracker, describe, path.parent
         self._follower = Follower(path)
         self._record = path.parent / f"{kind}.json"
-        self._opened = False
+        self.opened = False
         self._delivered = -1
         self.waiting: deque[dict[str, Any]] = deque()
 
     def deliver(self) -> None:
         """Open the tracked run if that is not done yet, and write the rows that it has not got."""
         self.waiting.extend(self._follower.rows())
-        if not self._opened:
+        if not self.opened:
             known = json.loads(self._record.read_text()) if self._record.exists() else {"id": uuid.uuid4().hex[:16]}
             self._delivered = known.get("update", -1)
             # The id is on the disk before the tracker hears of it, or a kill in between would leave two runs.
             self._save({"id": known["id"], "update": self._delivered})
             held = self._tracker.open(self._describe(known["id"], self._folder))
             self._delivered = max(self._delivered, held)
-            self._id, self._opened = known["id"], True
+            self._id, self.opened = known["id"], True
         while self.waiting:
             row = self.waiting[0]
             update = row["update"]
@@ -109,9 +117,8 @@ class _Log:
             self.waiting.popleft()
 
     def close(self, outcome: Outcome) -> None:
-        """End the tracked run."""
-        if self._opened:
-            self._tracker.close(outcome)
+        """End the tracked run, which is open."""
+        self._tracker.close(outcome)
 
     def _save(self, record: Mapping[str, Any]) -> None:
         partial = self._record.with_name(f".{self._record.name}.partial")

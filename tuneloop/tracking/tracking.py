@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneloop.errors import TryAgain
-from tuneloop.tracking.delivery import Delivery
+from tuneloop.tracking.delivery import Delivery, in_short
 from tuneloop.tracking.settings import TrackingSettings
 from tuneloop.tracking.tracker import Outcome, TrackedRun, Tracker, Unavailable
 
@@ -49,7 +49,7 @@ def tracked(
 
 
 def _trackers(settings: TrackingSettings) -> dict[str, Callable[[], Tracker]]:
-    """Kind -> what makes a tracker, of those that are configured and can work; says which are on, and why one is off."""
+    """Kind -> what makes a tracker, of those that can work; says which are on, and why one is off."""
     makers: dict[str, Callable[[], Tracker]] = {}
     if settings.mlflow:
         from tuneloop.tracking.mlflow_tracker import MlflowTracker
@@ -68,7 +68,7 @@ def _trackers(settings: TrackingSettings) -> dict[str, Callable[[], Tracker]]:
             print(f"tracking: {kind} is off: {error}", flush=True)
             del makers[kind]
         except Exception as error:  # a tracker's own mistake, such as an address that it cannot read
-            print(f"tracking: {kind} is off: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+            print(f"tracking: {kind} is off: {in_short(error)}", flush=True)
             del makers[kind]
     return makers
 
