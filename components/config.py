@@ -34,6 +34,21 @@ class RunConfig(StrictModel):
     tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
+    def _algorithm_follows_the_task(self) -> "RunConfig":
+        algorithm = self.lora_rl.algorithm.for_task(self.task.max_new_tokens)
+        object.__setattr__(self, "lora_rl", self.lora_rl.model_copy(update={"algorithm": algorithm}))
+        return self
+
+    @model_validator(mode="after")
+    def _overlong_buffer_fits(self) -> "RunConfig":
+        if self.lora_rl.algorithm.overlong_buffer > self.task.max_new_tokens:
+            raise ValueError(
+                f"lora_rl.algorithm.overlong_buffer = {self.lora_rl.algorithm.overlong_buffer} exceeds "
+                f"task.max_new_tokens = {self.task.max_new_tokens}: lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _lengths_fit_the_context(self) -> "RunConfig":
         needed = self.data_prep.max_prompt_tokens + self.task.max_new_tokens
         if needed > self.model.max_length:

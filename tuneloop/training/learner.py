@@ -1,12 +1,19 @@
-"""The half of the RL loop that learns: policy, reference and optimiser."""
+"""The half of the RL loop that learns: policy, heads, reference, optimiser, and the coefficient of KL."""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
+from torch import nn
 
+from tuneloop.algorithms.kl import steered_coefficient
+from tuneloop.algorithms.table import ALGORITHMS
 from tuneloop.training.collect import Rollout
-from tuneloop.training.optim import MasterAdamW, Optimizer
+from tuneloop.training.heads import make_heads
+from tuneloop.training.optim import AnnouncedSteps, MasterAdamW, Optimizer
 from tuneloop.training.policy import Policy
 from tuneloop.training.reference import ReferencePolicy
-from tuneloop.training.score import Minibatch, probe_kl, score_rollout
+from tuneloop.training.score import Minibatch, score_rollout
 from tuneloop.training.settings import RlSettings
 from tuneloop.training.update import update_policy
 from tuneloop.training.world import World
@@ -16,33 +23,74 @@ class Learner:
     """Everything that is trained, and what a checkpoint must hold of it.
 
     The reference for KL is the policy as it is given, before any checkpoint is loaded: what the warm-up left.
+
+    Args:
+        policy: what is trained.
+        seed: of the heads' first weights.
+        max_new_tokens: the longest completion.
+
+    Attributes:
+        heads: what the algorithm trains beside the adapter; empty for most.
+        kl_coefficient: of the next update; settings.algorithm.kl_coefficient unless it is steered to a target.
+        before_step: called before an update changes what a checkpoint holds.
     """
 
-    def __init__(self, policy: Policy, settings: RlSettings, world: World):
-        self.policy, self.settings, self.world = policy, settings, world
+    def __init__(self, policy: Policy, settings: RlSettings, world: World, *, seed: int = 0, max_new_tokens: int = 0):
+        self.policy, self.settings, self.world, self.max_new_tokens = policy, settings, world, max_new_tokens
+        self.before_step: Callable[[], None] = lambda: None
         self.reference = ReferencePolicy(policy.model, policy.layers, policy.adapter())
+        self.heads = make_heads(ALGORITHMS[settings.algorithm.name].heads, policy.model, seed)
+        self.kl_coefficient = settings.algorithm.kl_coefficient
         steps = settings.updates * settings.algorithm.minibatches
-        self.optimizer: Optimizer = MasterAdamW(policy.parameters(), settings.optimizer, steps)
+        self.optimizer: Optimizer = MasterAdamW(self.parameters(), settings.optimizer, steps)
+        self._measured_kl: float | None = None  # by the score phase
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of everything that is trained: the policy's, then the heads'."""
+        return chain(self.policy.parameters(), self.heads.named_parameters(prefix="heads"))
 
     def score(self, rollout: Rollout) -> tuple[list[Minibatch], dict[str, float]]:
         """What this process's optimiser steps learn from, and metrics."""
-        model, settings = self.policy.model, self.settings
-        minibatches = score_rollout(model, self.reference, rollout, settings, self.world)
-        if settings.algorithm.kl_coefficient > 0:
-            return minibatches, {}
-        kl = probe_kl(model, self.reference, rollout, settings.sampling.temperature)
-        return minibatches, {"kl/reference": kl}
+        minibatches, metrics = score_rollout(
+            self.policy.model,
+            self.reference,
+            rollout,
+            self._settings_now(),
+            self.world,
+            heads=self.heads,
+            max_new_tokens=self.max_new_tokens,
+        )
+        self._measured_kl = metrics.get("kl/reference")
+        return minibatches, metrics
 
     def update(self, minibatches: list[Minibatch]) -> dict[str, float]:
-        """One optimiser step a minibatch; returns metrics."""
-        return update_policy(self.policy.model, self.optimizer, minibatches, self.settings, self.world)
+        """One optimiser step a minibatch, then one of KL's coefficient; returns metrics."""
+        optimizer = AnnouncedSteps(self.optimizer, self.before_step)
+        settings, algorithm = self._settings_now(), self.settings.algorithm
+        values = update_policy(self.policy.model, optimizer, minibatches, settings, self.world, self.heads)
+        if algorithm.kl_coefficient == 0:
+            return values
+        values["kl/coefficient"] = self.kl_coefficient
+        kl = values.get("kl/reference", self._measured_kl)
+        if algorithm.kl_target > 0 and kl is not None:
+            self.before_step()
+            completions = sum(minibatch.completion_total for minibatch in minibatches)
+            self.kl_coefficient = steered_coefficient(self.kl_coefficient, kl, completions, algorithm)
+        return values
+
+    def _settings_now(self) -> RlSettings:
+        """The settings with what is known only here: the coefficient of KL as it is, and the longest completion."""
+        algorithm = self.settings.algorithm
+        changes = {"kl_coefficient": self.kl_coefficient, "length_norm": algorithm.length_norm or self.max_new_tokens}
+        return self.settings.model_copy(update={"algorithm": algorithm.model_copy(update=changes)})
 
     def state(self) -> dict[str, torch.Tensor]:
         """Tensors from which `load_state` continues to the last bit, whatever the number of processes."""
-        return self.optimizer.state()
+        return {**self.optimizer.state(), "kl_coefficient": torch.tensor(self.kl_coefficient, dtype=torch.float64)}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from `state()`."""
+        self.kl_coefficient = float(state["kl_coefficient"])
         self.optimizer.load_state(state)
 
     def release(self) -> None:
