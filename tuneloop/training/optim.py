@@ -157,6 +157,14 @@ class MasterAdamW:
             "updates": torch.tensor(self.updates),
         }
 
+    def named_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Master and moments of every parameter, flat, by its name."""
+        state = self.state()
+        sizes = [view.numel() for view in self._views.values()]
+        keys = ("master", "exp_avg", "exp_avg_sq")
+        parts = zip(*(state[key].split(sizes) for key in keys), strict=True)
+        return {name: dict(zip(keys, part, strict=True)) for name, part in zip(self._views, parts, strict=True)}
+
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from `state()`; the parameters take the masters' values."""
         self._master.data.copy_(state["master"])
