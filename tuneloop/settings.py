@@ -5,12 +5,31 @@ Settings that belong to one step alone are in that step's `components/<step>/con
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    PlainSerializer,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from tuneloop.config import StrictModel
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _number_or_auto(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError('give a number or "auto"')
+    return value if value == "auto" else validate(value)
+
+
+# Numbers to whoever computes with them: a step puts `tuneloop.models.recommend`'s choice in the place of "auto" first.
+_AUTO = (WrapValidator(_number_or_auto), PlainSerializer(lambda value: value))
+AutoRank = Annotated[int, Field(ge=1, le=4096), *_AUTO]
+AutoRate = Annotated[float, Field(gt=0.0, le=1.0), *_AUTO]
 
 
 class ModelSettings(StrictModel):
@@ -70,20 +89,27 @@ class TaskSettings(StrictModel):
 class LoraSettings(StrictModel):
     """The adapter. The update to a target weight is `scaling * B @ A`; see Hu et al., 2021 (arXiv:2106.09685)."""
 
-    rank: Annotated[int, Field(ge=1, le=4096)] = 32
+    rank: AutoRank = 32  # "auto": by the model's size, see tuneloop/models/recommend.py
     alpha: Annotated[float, Field(gt=0.0, le=65_536.0)] = 32.0
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # in the warm-up; RL trains the very policy that samples
     rslora: bool = False  # scaling alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732)
+    init: Literal["kaiming", "gaussian", "orthogonal", "svd"] = "kaiming"  # of A; B starts at 0
+    start_from: str = ""  # an adapter that the warm-up continues: a folder, s3://…, or registry:<alias>
     target_modules: Literal["all-linear", "attention", "mlp"] | tuple[str, ...] = "all-linear"
     exclude_modules: tuple[str, ...] = ()
     rank_pattern: dict[str, PositiveInt] = {}  # module-name suffix or regex -> rank
     alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = {}
 
+    @property
+    def largest_rank(self) -> int:
+        """Of all modules; "auto" being resolved."""
+        return max(self.rank, *self.rank_pattern.values(), 1)
+
 
 class OptimizerSettings(StrictModel):
     """AdamW with decoupled weight decay and a learning rate that warms up linearly."""
 
-    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)]
+    learning_rate: AutoRate  # "auto": by the model's size and the method, see tuneloop/models/recommend.py
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; linear and cosine end at 0
     warmup_updates: Annotated[int, Field(ge=0)] = 0  # optimiser steps, of which RL makes `minibatches` an update
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9

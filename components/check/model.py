@@ -9,10 +9,7 @@ from components.config import RunConfig
 from tuneloop.errors import UserError
 from tuneloop.models.safetensors_header import TensorHeader, read_header
 from tuneloop.models.sources import resolve_model, weight_files
-from tuneloop.models.targets import choose_targets, match_pattern
-
-_EMBEDDINGS = ("embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings", "embedding")
-_HEADS = ("lm_head", "embed_out", "output_head")
+from tuneloop.models.targets import choose_targets, linear_layers, match_pattern
 
 
 @dataclass(frozen=True)
@@ -73,12 +70,7 @@ def check_model(config: RunConfig) -> BaseModel:
 
 
 def _targets(config: RunConfig, tensors: dict[str, TensorHeader]) -> dict[str, tuple[int, int, int]]:
-    linear = {
-        name.removesuffix(".weight"): tensor.shape
-        for name, tensor in tensors.items()
-        if name.endswith(".weight") and len(tensor.shape) == 2
-    }
-    linear = {name: shape for name, shape in linear.items() if name.rsplit(".", 1)[-1] not in (*_EMBEDDINGS, *_HEADS)}
+    linear = linear_layers({name: tensor.shape for name, tensor in tensors.items()})
     targets = {}
     for name in choose_targets(linear, config.lora):
         rows, columns = linear[name]

@@ -3,9 +3,16 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from components.auto import announce, resolve_auto, start_folder
 from components.config import RunConfig
 from components.runner import Step, Summary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tuneloop.models.lora import LoraLinear
 
 
 def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
@@ -15,19 +22,23 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     from tuneloop.models.adapter_io import save_adapter
     from tuneloop.models.load import load_model, load_tokenizer
     from tuneloop.models.lora import attach, describe_targets, extract, peft_config
+    from tuneloop.models.recommend import read_model_size
     from tuneloop.models.sources import resolve_model
     from tuneloop.training.finish import save_full_model
     from tuneloop.training.sft import warm_up
 
-    settings = config.sft_warmup
+    base = resolve_model(config.model.uri)
+    size = read_model_size(base)
+    resolved = resolve_auto(config, size)
+    announce("sft_warmup", config, resolved, size.parameters, "sft_warmup")
+    settings, lora = resolved.sft_warmup, resolved.lora
     train = read_examples(inputs["data"] / "train.parquet")
     validation = read_examples(inputs["data"] / "validation.parquet", settings.validation_examples)
-    base = resolve_model(config.model.uri)
     tokenizer = load_tokenizer(base)
     require_chat_template(tokenizer)
     model = load_model(base, config.model.dtype)
     # After a full fine-tuning the adapter is a fresh one over the new weights, so it is attached afterwards.
-    layers = {} if settings.mode == "full" else attach(model, config.lora, config.seed)
+    layers = {} if settings.mode == "full" else _layers(config, resolved, model)
     if layers:
         print(describe_targets(layers), flush=True)
     result = warm_up(model, layers, tokenizer, train, validation, settings, seed=config.seed, folder=output)
@@ -35,12 +46,15 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     if settings.mode == "full":
         save_full_model(model, base, output / "model")
         base_uri = "sft_warmup/model"
-        layers = attach(model, config.lora, config.seed)
-    adapter = extract(layers, peft_config(config.lora, layers, model, base_uri))
+        layers = attach(model, lora, config.seed)
+    adapter = extract(layers, peft_config(lora, layers, model, base_uri))
     save_adapter(adapter, output / "adapter")
     warmup = {
         "mode": settings.mode,
         "base_uri": config.model.uri,
+        "parameters": size.parameters,
+        "lora": lora.model_dump(mode="json"),
+        "learning_rate": settings.optimizer.learning_rate,
         "updates": result.updates,
         "adapter_digest": adapter.digest(),
         "validation_loss": {"first": result.first_loss, "last": result.last_loss},
@@ -52,6 +66,20 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
         "validation_loss_last": result.last_loss,
         "adapter_digest": adapter.digest(),
     }
+
+
+def _layers(config: RunConfig, resolved: RunConfig, model: "PreTrainedModel") -> "dict[str, LoraLinear]":
+    """A fresh adapter, or the one that `lora.start_from` names."""
+    from tuneloop.models.adapter_io import load_adapter
+    from tuneloop.models.lora import attach, attach_adapter, require_fit
+
+    lora = resolved.lora
+    if not lora.start_from:
+        return attach(model, lora, config.seed)
+    adapter = load_adapter(start_folder(config))
+    require_fit(model, adapter, lora, any_rank=config.lora.rank == "auto")
+    print(f"sft_warmup: continues adapter {adapter.digest()[:12]} of {lora.start_from}", flush=True)
+    return attach_adapter(model, adapter, lora.dropout, lora)
 
 
 STEP = Step("sft_warmup", ("data",), run, sections=("model", "lora", "sft_warmup"), resumable=True)

@@ -7,7 +7,9 @@ Legend: R rank.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel
 
 from tuneloop.errors import UserError
 from tuneloop.models.adapter_io import Adapter
+from tuneloop.models.lora_init import initial_a
 from tuneloop.models.targets import choose_targets, match_pattern
 from tuneloop.settings import LoraSettings
 
@@ -23,22 +26,29 @@ from tuneloop.settings import LoraSettings
 class LoraLinear(nn.Module):
     """A frozen linear layer and its trainable low-rank update.
 
-    `enabled = False` computes with the base weight alone.
+    `enabled = False` computes with the base weight alone; `stand_in`, a pair of factors, computes in place of A and B.
     """
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float = 0.0):
         super().__init__()
         self.base = base
         self.scaling, self.dropout, self.enabled = scaling, dropout, True
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, dtype=base.weight.dtype, device=base.weight.device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=base.weight.dtype, device=base.weight.device))
+        self.stand_in: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.resize(rank)
+
+    def resize(self, rank: int) -> None:
+        """New factors of this rank: A uninitialised, B zero."""
+        weight = self.base.weight
+        self.A = nn.Parameter(torch.empty(rank, self.base.in_features, dtype=weight.dtype, device=weight.device))
+        self.B = nn.Parameter(torch.zeros(self.base.out_features, rank, dtype=weight.dtype, device=weight.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.enabled:
             return self.base(x)
+        a, b = self.stand_in or (self.A, self.B)
         if self.dropout and self.training:
-            return self.base(x) + self.scaling * F.linear(F.linear(F.dropout(x, self.dropout), self.A), self.B)
-        y = _LoraMatmul.apply(x, self.base.weight, self.A, self.B, self.scaling)
+            return self.base(x) + self.scaling * F.linear(F.linear(F.dropout(x, self.dropout), a), b)
+        y = _LoraMatmul.apply(x, self.base.weight, a, b, self.scaling)
         return y if self.base.bias is None else y + self.base.bias
 
 
@@ -85,8 +95,14 @@ def target_modules(model: nn.Module, settings: LoraSettings) -> dict[str, nn.Lin
     return {name: linear[name] for name in choose_targets(linear, settings)}
 
 
+def module_scaling(settings: LoraSettings, module: str, rank: int) -> float:
+    """What B·A is multiplied with in a module of this rank: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    alpha = match_pattern(settings.alpha_pattern, module, settings.alpha)
+    return alpha / math.sqrt(rank) if settings.rslora else alpha / rank
+
+
 def attach(model: PreTrainedModel, settings: LoraSettings, seed: int) -> dict[str, LoraLinear]:
-    """Give every target module a fresh adapter (A Kaiming-uniform from the seed, B zero), in place.
+    """Give every target module a fresh adapter (A by `settings.init` from the seed, B zero), in place.
 
     Raises:
         UserError: no module matches, or a rank exceeds a matrix's smaller side.
@@ -95,19 +111,22 @@ def attach(model: PreTrainedModel, settings: LoraSettings, seed: int) -> dict[st
     layers: dict[str, LoraLinear] = {}
     for name, linear in target_modules(model, settings).items():
         rank = match_pattern(settings.rank_pattern, name, settings.rank)
-        alpha = match_pattern(settings.alpha_pattern, name, settings.alpha)
         _refuse_excess_rank(name, rank, linear)
-        layer = LoraLinear(linear, rank, alpha / math.sqrt(rank) if settings.rslora else alpha / rank, settings.dropout)
-        bound = 1.0 / math.sqrt(linear.in_features)  # kaiming_uniform_(a=sqrt(5)), as PEFT and nn.Linear do
-        values = torch.rand(layer.A.shape, generator=generator).mul_(2 * bound).sub_(bound)
-        layer.A.data.copy_(values)
+        layer = LoraLinear(linear, rank, module_scaling(settings, name, rank), settings.dropout)
+        layer.A.data.copy_(initial_a(settings.init, linear.weight, rank, generator))
         _replace(model, name, layer)
         layers[name] = layer
     return layers
 
 
-def attach_adapter(model: PreTrainedModel, adapter: Adapter, dropout: float = 0.0) -> dict[str, LoraLinear]:
+def attach_adapter(
+    model: PreTrainedModel, adapter: Adapter, dropout: float = 0.0, settings: LoraSettings | None = None
+) -> dict[str, LoraLinear]:
     """Continue from an existing adapter, in place.
+
+    Args:
+        settings: whose alpha scales the layers; B takes up the difference, so that the function is the adapter's. None:
+            the adapter's own scaling.
 
     Raises:
         UserError: the adapter was made for another model.
@@ -120,12 +139,36 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, dropout: float = 0.
         if not isinstance(linear, nn.Linear) or not fits:
             what = f"has no linear layer {name}" if linear is None else f"has another shape at {name}"
             raise UserError(f"the adapter was made for another base: the model {what}")
-        layer = LoraLinear(linear, a.shape[0], adapter.scaling(name), dropout)
+        held = adapter.scaling(name)
+        scaling = module_scaling(settings, name, a.shape[0]) if settings else held
+        layer = LoraLinear(linear, a.shape[0], scaling, dropout)
         layer.A.data.copy_(a)
-        layer.B.data.copy_(b)
+        layer.B.data.copy_(b if scaling == held else b.float() * (held / scaling))
         _replace(model, name, layer)
         layers[name] = layer
     return layers
+
+
+def require_fit(model: PreTrainedModel, adapter: Adapter, settings: LoraSettings, *, any_rank: bool) -> None:
+    """See that an existing adapter is of the modules and ranks that the settings describe.
+
+    Args:
+        any_rank: only modules of `rank_pattern` must have the rank of the settings.
+
+    Raises:
+        UserError: it is not.
+    """
+    wanted, found = set(target_modules(model, settings)), set(adapter.factors)
+    if wanted != found:
+        name = sorted(wanted ^ found)[0]
+        has = "lacks" if name in wanted else "has"
+        raise UserError(f"lora.start_from {settings.start_from}: the adapter {has} {name}, which lora.target_modules "
+                        f"{'names' if name in wanted else 'leaves out'}; change one of the two")  # fmt: skip
+    for name, (a, _) in adapter.factors.items():
+        rank = match_pattern(settings.rank_pattern, name, None if any_rank else settings.rank)
+        if rank not in (None, a.shape[0]):
+            raise UserError(f"lora.start_from {settings.start_from}: the adapter has rank {a.shape[0]} at {name}, but "
+                            f'the config says {rank}; set lora.rank = "auto" to take the adapter\'s')  # fmt: skip
 
 
 def install(model: PreTrainedModel, layers: dict[str, LoraLinear]) -> None:
@@ -138,30 +181,77 @@ def install(model: PreTrainedModel, layers: dict[str, LoraLinear]) -> None:
 
 
 def extract(layers: dict[str, LoraLinear], config: dict) -> Adapter:
-    """A copy of the layers' factors as an adapter."""
-    factors = {name: (layer.A.detach().clone(), layer.B.detach().clone()) for name, layer in layers.items()}
-    return Adapter(factors, config)
+    """A copy of the layers' factors as an adapter that PEFT and vLLM compute alike.
+
+    vLLM multiplies every module with the config's one lora_alpha / r, PEFT with its own alpha over its own rank. So all
+    modules are given one scaling, that of most of them; where a module was trained with another one, B takes up the
+    ratio: exactly when it is a power of two, else in fp32. Where ranks differ, r is the largest, and the patterns say
+    each module's rank with the alpha that keeps the scaling.
+
+    Args:
+        config: `peft_config`; what it says of rank and alpha is replaced by what the layers have.
+    """
+    counts = Counter(layer.scaling for layer in layers.values())
+    common = max(counts, key=lambda scaling: (counts[scaling], -scaling))
+    factors = {
+        name: (layer.A.detach().clone(), _folded(layer.B.detach(), layer.scaling / common))
+        for name, layer in layers.items()
+    }
+    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
+    return Adapter(factors, {**config, **_rank_settings(ranks, common, bool(config.get("use_rslora")))})
+
+
+def _folded(b: torch.Tensor, ratio: float) -> torch.Tensor:
+    exact = math.frexp(ratio)[0] == 0.5  # a power of two
+    return b.clone() if ratio == 1.0 else b * ratio if exact else b.float() * ratio
+
+
+def _rank_settings(ranks: dict[str, int], scaling: float, rslora: bool) -> dict:
+    rank = max(ranks.values())
+    same = all(other == rank for other in ranks.values())
+    rslora = rslora and same  # PEFT advises against it beside patterns
+    alphas = {name: _alpha(scaling, other) for name, other in ranks.items()}
+    return {
+        "r": rank,
+        "lora_alpha": _alpha(scaling, math.sqrt(rank) if rslora else rank),
+        "use_rslora": rslora,
+        "rank_pattern": {} if same else _pattern(ranks, rank),
+        "alpha_pattern": {} if same else _pattern(alphas, _alpha(scaling, rank)),
+    }
+
+
+def _alpha(scaling: float, divisor: float) -> float:
+    """The alpha that gives exactly this scaling when it is divided, the roundest one if there are several."""
+    alpha = scaling * divisor
+    neighbours = (round(alpha, 6), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0.0))
+    return next((candidate for candidate in neighbours if candidate / divisor == scaling), alpha)
+
+
+def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
+    """Values by leaf name where all modules of that name agree, else by full name; the default is left out."""
+    kinds: dict[str, set] = {}
+    for name, value in values.items():
+        kinds.setdefault(name.rsplit(".", 1)[-1], set()).add(value)
+    pattern = {}
+    for name, value in values.items():
+        leaf = name.rsplit(".", 1)[-1]
+        if value != default:
+            pattern[leaf if len(kinds[leaf]) == 1 else name] = value
+    return pattern
 
 
 def peft_config(settings: LoraSettings, layers: dict[str, LoraLinear], model: nn.Module, base_uri: str) -> dict:
-    """The `adapter_config.json` from which PEFT computes what we trained.
-
-    vLLM reads it too, but applies one alpha and one rank to all modules: patterns are for PEFT and merging only.
-    """
+    """What an `adapter_config.json` says of everything but rank and alpha, which `extract` adds."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_uri,
-        "r": settings.rank,
-        "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rslora,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "target_modules": _target_names(layers, model),
-        "rank_pattern": dict(settings.rank_pattern),
-        "alpha_pattern": dict(settings.alpha_pattern),
     }
 
 

@@ -10,6 +10,19 @@ from tuneloop.settings import LoraSettings
 ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj", "query_key_value", "dense")
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h")
 
+_EMBEDDINGS = ("embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings", "embedding")
+_HEADS = ("lm_head", "embed_out", "output_head")
+
+
+def linear_layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """Module name -> (out, in) of the linear layers among a model's stored tensors, embeddings and head left out."""
+    found = {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if module != name and len(shape) == 2 and module.rsplit(".", 1)[-1] not in (*_EMBEDDINGS, *_HEADS):
+            found[module] = (shape[0], shape[1])
+    return found
+
 
 def match_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """PEFT's rule: a pattern is a regex for the end of the module name, on a dot boundary."""

@@ -12,7 +12,7 @@ from tuneloop.training.collect import Rollout
 from tuneloop.training.heads import make_heads
 from tuneloop.training.optim import AnnouncedSteps, MasterAdamW, Optimizer
 from tuneloop.training.policy import Policy
-from tuneloop.training.reference import ReferencePolicy
+from tuneloop.training.rank_schedule import RankScheduler
 from tuneloop.training.score import Minibatch, score_rollout
 from tuneloop.training.settings import RlSettings
 from tuneloop.training.update import update_policy
@@ -38,12 +38,17 @@ class Learner:
     def __init__(self, policy: Policy, settings: RlSettings, world: World, *, seed: int = 0, max_new_tokens: int = 0):
         self.policy, self.settings, self.world, self.max_new_tokens = policy, settings, world, max_new_tokens
         self.before_step: Callable[[], None] = lambda: None
-        self.reference = ReferencePolicy(policy.model, policy.layers, policy.adapter())
-        self.heads = make_heads(ALGORITHMS[settings.algorithm.name].heads, policy.model, seed)
+        algorithm = ALGORITHMS[settings.algorithm.name]
+        self.reference = policy.reference(algorithm.needs_reference or settings.algorithm.kl_coefficient > 0)
+        self.ranks = RankScheduler(policy, settings.rank_schedule, settings.updates)
+        self.heads = make_heads(algorithm.heads, policy.model, seed)
         self.kl_coefficient = settings.algorithm.kl_coefficient
-        steps = settings.updates * settings.algorithm.minibatches
-        self.optimizer: Optimizer = MasterAdamW(self.parameters(), settings.optimizer, steps)
+        self.optimizer = self._make_optimizer()
         self._measured_kl: float | None = None  # by the score phase
+
+    def _make_optimizer(self) -> Optimizer:
+        steps = self.settings.updates * self.settings.algorithm.minibatches
+        return MasterAdamW(self.parameters(), self.settings.optimizer, steps)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything that is trained: the policy's, then the heads'."""
@@ -78,6 +83,24 @@ class Learner:
             self.kl_coefficient = steered_coefficient(self.kl_coefficient, kl, completions, algorithm)
         return values
 
+    def change_ranks(self, update: int) -> dict[str, float]:
+        """What `[lora_rl.rank_schedule]` does at the end of an update (from 1); returns metrics."""
+        if not self.ranks.on:
+            return {}
+        dropped = 0.0
+        if self.ranks.due(update):
+            self.before_step()
+            shapes = [(name, parameter.shape) for name, parameter in self.parameters()]
+            state, dropped = self.ranks.change(update, self.optimizer.state(), shapes)
+            self._replace_optimizer(state)
+        return {**self.ranks.metrics(), "rank/dropped": dropped}
+
+    def _replace_optimizer(self, state: dict[str, torch.Tensor]) -> None:
+        """One for the factors that the layers have now; the state is for those."""
+        self.optimizer.release()
+        self.optimizer = self._make_optimizer()
+        self.optimizer.load_state(state)
+
     def _settings_now(self) -> RlSettings:
         """The settings with what is known only here: the coefficient of KL as it is, and the longest completion."""
         algorithm = self.settings.algorithm
@@ -86,12 +109,18 @@ class Learner:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Tensors from which `load_state` continues to the last bit, whatever the number of processes."""
-        return {**self.optimizer.state(), "kl_coefficient": torch.tensor(self.kl_coefficient, dtype=torch.float64)}
+        coefficient = torch.tensor(self.kl_coefficient, dtype=torch.float64)
+        ranks = self.ranks.state() if self.ranks.on else {}
+        return {**self.optimizer.state(), "kl_coefficient": coefficient, **ranks}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from `state()`."""
         self.kl_coefficient = float(state["kl_coefficient"])
-        self.optimizer.load_state(state)
+        if self.ranks.on:
+            self.ranks.load_state(state)
+            self._replace_optimizer(state)
+        else:
+            self.optimizer.load_state(state)
 
     def release(self) -> None:
         """Leave the policy's parameters to somebody else."""

@@ -14,7 +14,7 @@ from tuneloop.models.packed import Group, pack
 from tuneloop.training.balance import partition
 from tuneloop.training.batching import micro_batches, packed_length
 from tuneloop.training.heads import score_with_heads
-from tuneloop.training.reference import ReferencePolicy
+from tuneloop.training.reference import Reference
 from tuneloop.training.settings import RlSettings
 from tuneloop.training.world import World
 
@@ -31,7 +31,7 @@ class Prepass:
 @torch.no_grad()
 def prepass(
     model: PreTrainedModel,
-    reference: ReferencePolicy,
+    reference: Reference,
     groups: Sequence[Group],
     settings: RlSettings,
     world: World,

@@ -3,12 +3,9 @@
 Legend: S scored tokens.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from tuneloop.models.adapter_io import Adapter
@@ -35,7 +32,7 @@ class Reference(Protocol):
 
 
 class ReferencePolicy:
-    """A frozen copy of the factors, put in place of the trained ones for the length of a forward pass.
+    """A frozen copy of the factors, which stands in for the trained ones for the length of a forward pass.
 
     The copy keeps its own ranks when those of the layers change; their scaling does not.
     """
@@ -55,12 +52,16 @@ class ReferencePolicy:
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch, temperature: float) -> torch.Tensor:
         """See `Reference.logprobs`."""
-        places = [(factor, copy) for name, pair in self._factors.items() for factor, copy in self._pairs(name, pair)]
-        with _in_place(self.model, places):
+        was_training = self.model.training
+        try:
+            self.model.eval()
+            for name, factors in self._factors.items():
+                self.layers[name].stand_in = factors
             return score(self.model, batch, temperature).logprobs_S
-
-    def _pairs(self, name: str, copies: tuple[torch.Tensor, torch.Tensor]):
-        return zip((self.layers[name].A, self.layers[name].B), copies, strict=True)
+        finally:
+            for layer in self.layers.values():
+                layer.stand_in = None
+            self.model.train(was_training)
 
 
 class ReferenceWeights:
@@ -78,21 +79,14 @@ class ReferenceWeights:
     def logprobs(self, batch: PackedBatch, temperature: float) -> torch.Tensor:
         """See `Reference.logprobs`."""
         assert self.kept, "the reference was not kept: nothing was to need it"
-        with _in_place(self.model, list(zip(self.model.parameters(), self._copies, strict=True))):
+        trained = [parameter.data for parameter in self.model.parameters()]
+        was_training = self.model.training
+        try:
+            self.model.eval()
+            for parameter, copy in zip(self.model.parameters(), self._copies, strict=True):
+                parameter.data = copy
             return score(self.model, batch, temperature).logprobs_S
-
-
-@contextmanager
-def _in_place(model: PreTrainedModel, places: list[tuple[nn.Parameter, torch.Tensor]]) -> Iterator[None]:
-    """Compute with these values in the place of the parameters'."""
-    trained = [parameter.data for parameter, _ in places]
-    was_training = model.training
-    try:
-        model.eval()
-        for parameter, copy in places:
-            parameter.data = copy
-        yield
-    finally:
-        for (parameter, _), value in zip(places, trained, strict=True):
-            parameter.data = value
-        model.train(was_training)
+        finally:
+            for parameter, value in zip(self.model.parameters(), trained, strict=True):
+                parameter.data = value
+            self.model.train(was_training)

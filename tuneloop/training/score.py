@@ -21,7 +21,7 @@ from tuneloop.training.balance import partition
 from tuneloop.training.batching import micro_batches, packed_length
 from tuneloop.training.collect import Rollout
 from tuneloop.training.prepass import Prepass, prepass
-from tuneloop.training.reference import ReferencePolicy
+from tuneloop.training.reference import Reference
 from tuneloop.training.settings import RlSettings
 from tuneloop.training.world import World
 
@@ -68,7 +68,7 @@ class _Scored:
 
 def score_rollout(
     model: PreTrainedModel,
-    reference: ReferencePolicy,
+    reference: Reference,
     rollout: Rollout,
     settings: RlSettings,
     world: World | None = None,
@@ -109,14 +109,14 @@ def score_rollout(
     minibatches = [
         _minibatch(model, held, scored, range(first, end), settings, world) for first, end in pairwise(bounds)
     ]
-    if not holds_reference and not settings.algorithm.kl_in_reward:
+    if not holds_reference and not settings.algorithm.kl_in_reward and reference.kept:
         metrics["kl/reference"] = probe_kl(model, reference, groups, settings.sampling.temperature)
     return minibatches, metrics
 
 
 def _minibatch(
     model: PreTrainedModel,
-    reference: ReferencePolicy | None,
+    reference: Reference | None,
     scored: _Scored,
     members: range,
     settings: RlSettings,
@@ -161,7 +161,7 @@ def _advantages(
 
 def _micro_batch(
     model: PreTrainedModel,
-    reference: ReferencePolicy | None,
+    reference: Reference | None,
     scored: _Scored,
     numbers: Sequence[int],
     settings: RlSettings,
@@ -195,7 +195,7 @@ def _micro_batch(
 
 
 @torch.no_grad()
-def probe_kl(model: PreTrainedModel, reference: ReferencePolicy, groups: Sequence[Group], temperature: float) -> float:
+def probe_kl(model: PreTrainedModel, reference: Reference, groups: Sequence[Group], temperature: float) -> float:
     """Mean log-prob difference (k1, nats a token) of policy and reference on a few of the round's prompts."""
     batch = pack(groups[:PROBED_PROMPTS], model.device)
     model.eval()
