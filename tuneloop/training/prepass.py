@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tuneloop.models.packed import Group, pack
-from tuneloop.training.balance import partition
-from tuneloop.training.batching import micro_batches, packed_length
+from tuneloop.training.balance import GroupCost
+from tuneloop.training.batching import packed_length, shared_out
 from tuneloop.training.heads import score_with_heads
 from tuneloop.training.reference import Reference
 from tuneloop.training.settings import RlSettings
@@ -40,11 +40,11 @@ def prepass(
     """Score the whole rollout; each process takes its share of the groups, and all get everything."""
     wants_values = "values_S" in heads
     columns = ["old", *(["reference"] if settings.algorithm.kl_in_reward else []), *(["value"] if wants_values else [])]
-    mine = partition([packed_length(group) for group in groups], world.size)[world.rank]
+    shortest = min(range(len(groups)), key=lambda n: packed_length(groups[n]))
     model.eval()
     found: dict[int, torch.Tensor] = {}
-    for indices in micro_batches([groups[n] for n in mine], settings.micro_batch_tokens):
-        numbers = [mine[i] for i in indices]
+    for indices in shared_out(groups, settings.micro_batch_tokens, GroupCost.of(model.config), world):
+        numbers = indices or [shortest]  # an empty pass is made with something that another process has too
         batch = pack([groups[n] for n in numbers], model.device)
         scores, estimates = score_with_heads(model, heads, batch, settings.sampling.temperature)
         values = [scores.logprobs_S]

@@ -4,7 +4,7 @@ Legend: N prompts, G completions a prompt, B completions, S scored tokens, W sam
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -17,8 +17,8 @@ from tuneloop.algorithms.table import ALGORITHMS
 from tuneloop.algorithms.types import AdvantageInputs, Advantages
 from tuneloop.models.forward import score
 from tuneloop.models.packed import Group, PackedBatch, pack
-from tuneloop.training.balance import partition
-from tuneloop.training.batching import micro_batches, packed_length
+from tuneloop.training.balance import GroupCost
+from tuneloop.training.batching import packed_length, shared_out
 from tuneloop.training.collect import Rollout
 from tuneloop.training.prepass import Prepass, prepass
 from tuneloop.training.reference import Reference
@@ -40,6 +40,7 @@ class MicroBatch:
     reference_S: torch.Tensor | None
     old_values_S: torch.Tensor | None = None
     returns_S: torch.Tensor | None = None
+    is_padding: bool = False  # teaches nothing: other processes have one more pass, and all must make equally many
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,15 @@ def _minibatch(
     learns_from_all = ALGORITHMS[settings.algorithm.name].learns_from_all or settings.algorithm.kl_in_loss
     groups, advantages_W = scored.groups, scored.advantages.advantages_W
     kept = [n for n in members if learns_from_all or bool(scored.of(advantages_W, [n]).any())]
-    kept = [kept[i] for i in partition([packed_length(groups[n]) for n in kept], world.size)[world.rank]]
+    passes = shared_out([groups[n] for n in kept], settings.micro_batch_tokens, GroupCost.of(model.config), world)
+    shortest = min(members, key=lambda n: packed_length(groups[n]))
     # The first minibatch is trained on the very policy that was rolled out: the update's own forward pass will do.
     on_policy = members.start == 0
-    micro = [
-        _micro_batch(model, reference, scored, [kept[i] for i in indices], settings, on_policy=on_policy)
-        for indices in micro_batches([groups[n] for n in kept], settings.micro_batch_tokens)
-    ]
+    micro = []
+    for indices in passes:
+        numbers = [kept[i] for i in indices] or [shortest]
+        batch = _micro_batch(model, reference, scored, numbers, settings, on_policy=on_policy)
+        micro.append(replace(batch, is_padding=not indices))
     tokens = scored.ends[members.stop] - scored.ends[members.start]
     return Minibatch(micro, tokens, sum(len(groups[n][1]) for n in members))
 

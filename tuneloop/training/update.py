@@ -44,6 +44,9 @@ def update_policy(
         for micro in minibatch.micro:
             inputs, entropy_S = _loss_inputs(model, heads, micro, minibatch, settings.sampling.temperature)
             outputs = loss_of(inputs, settings.algorithm)
+            if micro.is_padding:
+                optimizer.backward(0.0 * outputs.loss)
+                continue
             optimizer.backward(outputs.loss)
             tally.add(inputs, outputs, entropy_S, micro.batch.input_ids_T.numel())
         if world.any(bool(minibatch.micro)):

@@ -6,6 +6,7 @@ the sums and the gathering; schedule, clipping, the refusal of gradients that ar
 holds are those of `MasterAdamW`.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -223,7 +224,7 @@ class _Sharding:
 
 def _announce_outside_uses(root: _Root) -> None:
     """Tell DeepSpeed which modules compute with another module's parameters."""
-    from deepspeed.zero import register_external_parameter
+    from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 
     register_external_parameter(root.scorer, root.scorer.weight)
     for module in root.model.modules():
@@ -235,7 +236,8 @@ def _announce_outside_uses(root: _Root) -> None:
 def _engine(root: _Root, parameters: list[nn.Parameter], inner: _ClippedAdamW, settings: DistributedSettings) -> Any:
     import deepspeed
 
-    # DeepSpeed would compile an all-reduce in shared memory for the CPU: 100 s and a compiler, where gloo's own will do.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed would compile an all-reduce in shared memory for the CPU: 100 s and a compiler, where gloo's does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     dtype = parameters[0].dtype
     if dtype not in (torch.bfloat16, torch.float32):
