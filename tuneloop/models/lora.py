@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from tuneloop.errors import UserError
 from tuneloop.models.adapter_io import Adapter
 from tuneloop.models.lora_init import initial_a
+from tuneloop.models.sharding import whole
 from tuneloop.models.targets import choose_targets, match_pattern
 from tuneloop.settings import LoraSettings
 
@@ -180,7 +181,7 @@ def install(model: PreTrainedModel, layers: dict[str, LoraLinear]) -> None:
         _replace(model, name, layer)
 
 
-def extract(layers: dict[str, LoraLinear], config: dict) -> Adapter:
+def extract(layers: dict[str, LoraLinear], config: dict, *, layered: bool = True) -> Adapter:
     """A copy of the layers' factors as an adapter that PEFT and vLLM compute alike.
 
     vLLM multiplies every module with the config's one lora_alpha / r, PEFT with its own alpha over its own rank. So all
@@ -190,13 +191,16 @@ def extract(layers: dict[str, LoraLinear], config: dict) -> Adapter:
 
     Args:
         config: `peft_config`; what it says of rank and alpha is replaced by what the layers have.
+        layered: put factors that are spread over processes together a module at a time, not all at once.
     """
     counts = Counter(layer.scaling for layer in layers.values())
     common = max(counts, key=lambda scaling: (counts[scaling], -scaling))
-    factors = {
-        name: (layer.A.detach().clone(), _folded(layer.B.detach(), layer.scaling / common))
-        for name, layer in layers.items()
-    }
+    factors = {}
+    for names in [[name] for name in layers] if layered else [list(layers)]:
+        with whole([factor for name in names for factor in (layers[name].A, layers[name].B)]):
+            for name in names:
+                layer = layers[name]
+                factors[name] = layer.A.detach().clone(), _folded(layer.B.detach(), layer.scaling / common)
     ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
     return Adapter(factors, {**config, **_rank_settings(ranks, common, bool(config.get("use_rslora")))})
 

@@ -15,6 +15,7 @@ from tuneloop.errors import TuneloopError
 from tuneloop.models.forward import score
 from tuneloop.models.lora import LoraLinear, extract
 from tuneloop.models.packed import pack
+from tuneloop.models.sharding import METER
 from tuneloop.rollout.engine import DEFAULT_ADAPTER, RolloutEngine
 
 
@@ -38,6 +39,7 @@ class WeightSync:
         adapter_config: PEFT's config of the adapter.
         tolerance: largest mean absolute gap (nats) of the trainer's and the engine's log-probs of the canary tokens.
             In bfloat16 two right computations differ by about 0.04, and by much more on single, improbable tokens.
+        layered: put spread factors together a module at a time, not all at once.
     """
 
     def __init__(
@@ -49,12 +51,15 @@ class WeightSync:
         canaries: Sequence[Canary],
         tolerance: float,
         name: str = DEFAULT_ADAPTER,
+        layered: bool = True,
     ):
         self.engine, self.model, self.layers = engine, model, layers
         self.adapter_config, self.canaries, self.tolerance = adapter_config, canaries, tolerance
         self.name = name  # of the adapter in the engine
         self.digest = ""  # of the adapter that was sent last
         self.changed = False  # whether it was another one than before
+        self.layered = layered
+        self.peak_bytes = 0  # of spread factors put together at once for the last sync, over the adapter that was sent
 
     def __call__(self) -> float:
         """Send the adapter as it is now and check that it arrived.
@@ -65,7 +70,9 @@ class WeightSync:
         Raises:
             CanaryFailed: the engine holds another adapter, or computes something else with it.
         """
-        adapter = extract(self.layers, self.adapter_config)
+        METER.reset()
+        adapter = extract(self.layers, self.adapter_config, layered=self.layered)
+        self.peak_bytes = METER.peak
         held, sent = self.engine.sync(adapter, self.name), adapter.digest()
         if held != sent:
             raise CanaryFailed(f"the engine holds adapter {held[:12] or 'none'} after {sent[:12]} was sent to it")

@@ -47,8 +47,13 @@ class Learner:
         self._measured_kl: float | None = None  # by the score phase
 
     def _make_optimizer(self) -> Optimizer:
-        steps = self.settings.updates * self.settings.algorithm.minibatches
-        return MasterAdamW(self.parameters(), self.settings.optimizer, steps)
+        settings = self.settings
+        steps = settings.updates * settings.algorithm.minibatches
+        if not self.world.together:
+            return MasterAdamW(self.parameters(), settings.optimizer, steps)
+        from tuneloop.training.zero import ZeroAdamW  # DeepSpeed is not installed everywhere
+
+        return ZeroAdamW(self.policy.model, self.parameters(), settings.optimizer, steps, settings.distributed)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything that is trained: the policy's, then the heads'."""

@@ -55,8 +55,9 @@ class ReferencePolicy:
         was_training = self.model.training
         try:
             self.model.eval()
-            for name, factors in self._factors.items():
-                self.layers[name].stand_in = factors
+            for name, (a, b) in self._factors.items():  # ZeRO may have moved the model since the copy was made
+                self._factors[name] = (a.to(batch.input_ids_T.device), b.to(batch.input_ids_T.device))
+                self.layers[name].stand_in = self._factors[name]
             return score(self.model, batch, temperature).logprobs_S
         finally:
             for layer in self.layers.values():

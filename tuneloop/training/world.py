@@ -15,12 +15,15 @@ class World:
     """This process's place among `size` processes, and the few exchanges that training needs.
 
     Uses torch.distributed's default group when it is initialised.
+
+    Attributes:
+        together: whether there is such a group; it may be of one process.
     """
 
     def __init__(self) -> None:
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank = torch.distributed.get_rank() if together else 0
-        self.size = torch.distributed.get_world_size() if together else 1
+        self.together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank = torch.distributed.get_rank() if self.together else 0
+        self.size = torch.distributed.get_world_size() if self.together else 1
 
     @property
     def is_first(self) -> bool:
