@@ -54,6 +54,8 @@ class Step:
         sections: the config sections that decide the result; others may change without a re-run.
         optional_inputs: inputs that may be missing.
         resumable: the step continues from what it finds under `checkpoints/` in `output` after a kill.
+        indifferent: settings, as `section.key`, that say where and how it runs but not what it computes: they may
+            change between two runs of a resumable step.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Step:
     sections: tuple[str, ...]
     optional_inputs: tuple[str, ...] = ()
     resumable: bool = False
+    indifferent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,9 @@ def _finished_before(step: Step, target: Path, fingerprint: str) -> StepResult:
 def step_fingerprint(step: Step, config: RunConfig, inputs: Mapping[str, Path]) -> str:
     """sha256 over the step's config sections, the seed and the fingerprints of the steps that made its inputs."""
     values = config.model_dump(mode="json", include={*step.sections, "seed"})
+    for setting in step.indifferent:
+        section, _, key = setting.partition(".")
+        del values[section][key]
     upstream = {}
     for name, path in inputs.items():
         with contextlib.suppress(UserError):

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tuneloop.errors import UserError
 from tuneloop.models import attention
@@ -57,6 +59,32 @@ def load_model(folder: Path, dtype: str, device: torch.device | str | None = Non
         raise UserError(f"{folder}: {name} is not supported: its distributions come out {divergence:.2g} nats off "
                         "(a head that scales, caps or shifts its logits?); use a Llama or Qwen model")  # fmt: skip
     return model
+
+
+def reserve_model(folder: Path, dtype: str) -> PreTrainedModel:
+    """`load_model` without reading any weight: they hold nothing, and the host's memory is taken when they are written.
+
+    For the processes that get their share of the weights from the first one, which has loaded and checked them.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    model.tie_weights()
+    reserved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in reserved:  # a tied weight stays one
+                reserved[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+            module.register_parameter(name, reserved[id(parameter)])
+    model.eval()
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    fuse(model)
+    return model
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Keep the input of each decoder layer alone in training, and compute the layer again in the backward pass."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 @torch.no_grad()

@@ -1,0 +1,229 @@
+"""Starting the processes that train one adapter together: torchrun, its noise and its orphans taken away.
+
+The step (parent) starts this module as a process of its own, which starts and watches the children by torchrun's own
+API (`torch.distributed.launcher`), and so passes SIGTERM on to them, ends them all when one fails, and kills those that
+do not end. Each child leaves its outcome in a file; the parent turns them into the one that the user sees. Whoever
+starts children by `torchrun` itself gets the same children.
+"""
+
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuneloop.errors import EXIT_OK, EXIT_TRY_AGAIN, EXIT_USER_ERROR, TryAgain, TuneloopError, UserError
+from tuneloop.process import peak_rss_bytes
+from tuneloop.training.settings import DistributedSettings
+
+OUTCOMES = "TUNELOOP_OUTCOMES"  # names the folder of the outcomes in a child's environment
+_SECONDS_TO_LEAVE = 10  # beyond the grace: for saving and for leaving the group
+_PR_SET_PDEATHSIG = 1
+
+
+class ProcessFailed(TuneloopError):
+    """One of the processes ended by a bug or from outside; its own output says more."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child ended.
+
+    Attributes:
+        rank: which child.
+        exit_code: see `tuneloop.errors`.
+        message: one line, when it failed.
+        summary: what the work returned.
+        peak_rss_bytes: the most memory that it held.
+        at: when, by the machine's clock.
+    """
+
+    rank: int
+    exit_code: int
+    message: str
+    summary: dict[str, Any]
+    peak_rss_bytes: int
+    at: float
+
+
+def process_count(settings: DistributedSettings) -> int:
+    """How many processes the settings mean on this machine.
+
+    Raises:
+        UserError: there are fewer GPUs than processes.
+    """
+    gpus = torch.cuda.device_count()
+    if settings.processes == "auto":
+        return max(1, gpus)
+    if gpus and settings.processes > gpus:
+        raise UserError(f"lora_rl.distributed.processes = {settings.processes}, but there are {gpus} GPUs; "
+                        'ask for that many, or set it to "auto"')  # fmt: skip
+    return settings.processes
+
+
+def refuse_missing_deepspeed() -> None:
+    """Say so when several processes are wanted and DeepSpeed is not installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("lora_rl.distributed asks for several processes or for offloading, which needs DeepSpeed: "
+                        "pip install 'tuneloop[deepspeed]', or set processes = 1")  # fmt: skip
+
+
+def run_processes(command: Sequence[str], count: int, grace_seconds: float) -> list[Outcome]:
+    """Run `python <command>` as `count` processes that can find each other, and wait for all of them.
+
+    Args:
+        command: must call `take_part`.
+        grace_seconds: from SIGTERM until a child is killed.
+
+    Returns:
+        Their outcomes, by rank; all succeeded.
+
+    Raises:
+        UserError, TryAgain, ProcessFailed: what made the first one fail.
+    """
+    with tempfile.TemporaryDirectory(prefix="tuneloop-") as folder:
+        launcher = [sys.executable, "-m", __name__, str(count), str(int(grace_seconds) + _SECONDS_TO_LEAVE), *command]
+        # In a session of its own: a terminal's Ctrl-C reaches the step alone, which passes it on.
+        process = subprocess.Popen(launcher, env=_environment(count, folder), start_new_session=True)
+        _wait(process)
+        found = [Outcome(**json.loads(path.read_text())) for path in Path(folder).glob("*.json")]
+    return _judged(sorted(found, key=lambda outcome: outcome.rank), count)
+
+
+def _wait(process: subprocess.Popen) -> None:
+    """Wait for the launcher; a request to stop is passed on once, and a later one ends the children at once."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            process.wait()
+            return
+        except TryAgain:  # out of the step's signal handler
+            process.send_signal(number)
+        except BaseException:
+            process.kill()  # the children die with it
+            process.wait()
+            raise
+    process.wait()
+
+
+def _environment(count: int, folder: str) -> dict[str, str]:
+    environment = {**os.environ, OUTCOMES: folder, "LOGLEVEL": "CRITICAL", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def _judged(outcomes: list[Outcome], count: int) -> list[Outcome]:
+    failed = sorted((outcome for outcome in outcomes if outcome.exit_code != EXIT_OK), key=lambda outcome: outcome.at)
+    lost = sorted(set(range(count)) - {outcome.rank for outcome in outcomes})
+    for code, error in ((EXIT_USER_ERROR, UserError), (1, ProcessFailed)):
+        first = next((outcome for outcome in failed if outcome.exit_code == code), None)
+        if first and not (lost and "Connection" in first.message):  # of another that was lost
+            raise error(first.message)
+    if lost:
+        raise ProcessFailed(f"process {lost[0]} of {count} was killed from outside (for its memory?); "
+                            "the same command continues from the newest checkpoint")  # fmt: skip
+    if failed:
+        raise TryAgain(failed[0].message)
+    return outcomes
+
+
+def take_part(settings: DistributedSettings, work: Callable[[], dict[str, Any]]) -> int:
+    """Run `work` in the group of processes that torchrun's environment describes; returns the exit code.
+
+    Only the first process's standard output is shown. A process that fails leaves without waiting for the others, whom
+    its closed connections wake.
+    """
+    _die_with_parent()
+    rank = int(os.environ["RANK"])
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process's life
+    try:
+        with _group(settings):
+            summary = work()
+        code, message = EXIT_OK, ""
+    except TuneloopError as error:
+        code, message, summary = error.exit_code, str(error), {}
+    except Exception as error:
+        traceback.print_exc()
+        code, message, summary = 1, " ".join(f"process {rank}: {type(error).__name__}: {error}".split()), {}
+    folder = os.environ.get(OUTCOMES)
+    if folder:
+        outcome = Outcome(rank, code, message, summary, peak_rss_bytes(), time.time())
+        partial = Path(folder) / f"{rank}.partial"
+        partial.write_text(json.dumps(asdict(outcome)))
+        partial.rename(Path(folder) / f"{rank}.json")
+    elif code != EXIT_OK:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if code != EXIT_OK:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # what destroys a group waits for the processes that are in an exchange
+    return code
+
+
+@contextlib.contextmanager
+def _group(settings: DistributedSettings) -> Iterator[None]:
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=settings.timeout_seconds)
+    )
+    yield
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it is gone, however it went."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1 and os.environ.get(OUTCOMES):
+        os._exit(EXIT_TRY_AGAIN)  # it was gone before we asked
+
+
+def _main(arguments: Sequence[str]) -> int:
+    """The launcher's process: `<count> <seconds to leave> <command…>`."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _die_with_parent()
+    count, seconds, *command = arguments
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=int(count),
+        run_id=f"tuneloop-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        shutdown_timeout=int(seconds),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", *command)
+    except (ChildFailedError, SignalException):
+        return 1  # the outcomes say why
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))
