@@ -11,10 +11,22 @@ def check_consistency(config: RunConfig) -> None:
     Raises:
         UserError: two settings cannot both hold.
     """
+    _check_mode(config)
     _check_lengths(config)
     _check_guards(config)
     _check_reward_kinds(config)
     _check_held_out_rows(config)
+
+
+def _check_mode(config: RunConfig) -> None:
+    if config.lora_rl.mode == "full":
+        raise UserError(
+            'lora_rl.mode = "full" trains a whole model to compare LoRA with, but merging, gate and registry are for '
+            'adapters: run python -m components.lora_rl alone, or set the mode to "lora"'
+        )
+    if config.lora.start_from and config.sft_warmup.mode == "full":
+        raise UserError('lora.start_from continues an adapter, but sft_warmup.mode = "full" trains the weights below '
+                        'it: set the mode to "lora", or leave start_from out')  # fmt: skip
 
 
 def _check_lengths(config: RunConfig) -> None:
@@ -35,7 +47,8 @@ def _check_lengths(config: RunConfig) -> None:
 def _check_guards(config: RunConfig) -> None:
     known = {*(reward.name for reward in config.task.rewards), *COST_METRICS}
     for guard in config.evaluate.gate.guards:
-        if guard.metric not in known:
+        of_harness = config.evaluate.harness and "/" in guard.metric  # what its tasks measure is known when they ran
+        if guard.metric not in known and not of_harness:
             raise UserError(
                 f"evaluate.gate.guards: {guard.metric!r} is not measured; known: {', '.join(sorted(known))}"
             )

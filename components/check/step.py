@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from components.auto import announce, chosen, warnings
 from components.check.consistency import check_consistency
 from components.check.model import check_model
 from components.check.places import check_places
@@ -11,6 +12,7 @@ from components.check.plan import make_plan
 from components.check.sources import check_rewards, check_sources
 from components.config import RunConfig
 from components.runner import Step, Summary
+from tuneloop.evaluation.lm_harness import task_manager
 
 
 def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
@@ -19,10 +21,18 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     check_consistency(config)
     unverified = check_sources(config.data_prep.sources, config.task)
     check_rewards(config)
+    if config.evaluate.harness:
+        task_manager(config.evaluate.harness)
     model = check_model(config)
     plan = make_plan(config, model)
     free = check_places(config, output, plan["disk_bytes"]["total"])
-    plan = {**plan, "free_disk_bytes": free, "unverified": unverified}
+    announce("check", config, model.config, model.parameters, "sft_warmup", "lora_rl")
+    plan |= {
+        "free_disk_bytes": free,
+        "unverified": unverified,
+        "auto": chosen(config, model.config),
+        "warnings": warnings(model.config, model.parameters),
+    }
     (output / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
     for line in unverified:
         print(f"check: not verified: {line}", flush=True)

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from tuneloop.config import StrictModel
-from tuneloop.evaluation.settings import GateSettings
+from tuneloop.evaluation.settings import GateSettings, HarnessSettings
 from tuneloop.settings import PositiveInt, SamplingSettings
 
 
@@ -20,6 +20,7 @@ class EvaluateConfig(StrictModel):
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     max_sequences: PositiveInt = 512  # decoded at once
     gate: GateSettings = GateSettings()
+    harness: HarnessSettings | None = None  # needs the extra `harness`
 
     @model_validator(mode="after")
     def _counts_fit_each_other(self) -> "EvaluateConfig":

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tuneloop.evaluation.accuracy import Comparison, ModelScores
     from tuneloop.evaluation.contenders import Contender
     from tuneloop.evaluation.harness import ModelAnswers
+    from tuneloop.evaluation.lm_harness import Harness, Scores
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     from tuneloop.evaluation.contenders import answer_all
     from tuneloop.evaluation.gate import decide
     from tuneloop.evaluation.harness import AnswerSettings
+    from tuneloop.evaluation.lm_harness import guard_metrics
+    from tuneloop.evaluation.lm_harness import record as harness_record
     from tuneloop.rewards.base import build_scorer
 
     settings = config.evaluate
@@ -43,6 +46,7 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     incumbent = _incumbent(config)
     if incumbent:
         contenders.append(incumbent.contender)
+    harness = _harness(config, contenders)
     asked = AnswerSettings(
         samples=settings.samples,
         sampling=settings.sampling,
@@ -50,7 +54,7 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
         seed=config.seed,
         at_once=settings.max_sequences,
     )
-    answers = answer_all(contenders, examples, scorer, asked, config.model.dtype)
+    answers = answer_all(contenders, examples, scorer, asked, config.model.dtype, harness.visit if harness else None)
     scores = {name: summarise(made, settings.pass_k, settings.confidence) for name, made in answers.items()}
     comparisons = [
         compare(answers["candidate"], answers[name], name, metric, settings.confidence)
@@ -58,7 +62,11 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
         if name != "candidate"
         for metric in ("accuracy", "pass_at_1")
     ]
-    metrics = {name: one.metrics for name, one in scores.items()}
+    metrics = {name: dict(one.metrics) for name, one in scores.items()}
+    measured = harness.scores() if harness else {}
+    for name, tasks in measured.items():
+        metrics[name] |= guard_metrics(tasks)
+    _require_measured_guards(config, tuple(metrics["candidate"]), after=True)
     digests = {one.name: one.adapter.digest() for one in contenders if one.adapter}
     decision = decide(comparisons, metrics, digests, settings.gate)
     evaluation = {
@@ -72,19 +80,35 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
         "comparisons": [one.record() for one in comparisons],
         "gate": decision.record(),
     }
+    if harness and settings.harness:
+        evaluation["harness"] = harness_record(measured, settings.harness)
     (output / "evaluation.json").write_text(json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
     _write_answers(answers, output / "answers.parquet")
     _print_scores(scores, comparisons)
+    _print_harness(measured)
     print(f"gate: {'passed' if decision.passed else 'refused'}: {decision.reason}", flush=True)
     summary: Summary = {f"accuracy_{name}": one.accuracy.value for name, one in scores.items()}
     return summary | {"gate_passed": decision.passed, "gate_p_value": decision.p_value, "prompts": len(examples)}
 
 
-def _require_measured_guards(config: RunConfig, rewards: tuple[str, ...]) -> None:
-    known = {*rewards, *COST_METRICS}
-    unknown = [guard.metric for guard in config.evaluate.gate.guards if guard.metric not in known]
-    if unknown:
-        raise UserError(f"evaluate.gate.guards: {unknown[0]!r} is not measured; known: {', '.join(sorted(known))}")
+def _require_measured_guards(config: RunConfig, measured: tuple[str, ...], after: bool = False) -> None:
+    """Refuse guards on what is not measured; those of harness tasks are known once the tasks have run."""
+    known = {*measured, *COST_METRICS}
+    for guard in config.evaluate.gate.guards:
+        of_harness = config.evaluate.harness and "/" in guard.metric
+        if guard.metric not in known and (after or not of_harness):
+            raise UserError(
+                f"evaluate.gate.guards: {guard.metric!r} is not measured, or is better when lower; "
+                f"known: {', '.join(sorted(known))}"
+            )
+
+
+def _harness(config: RunConfig, contenders: "list[Contender]") -> "Harness | None":
+    from tuneloop.evaluation.lm_harness import Harness
+
+    if config.evaluate.harness is None:
+        return None
+    return Harness(config.evaluate.harness, config.seed, [one for one in contenders if one.name != "sft"])
 
 
 def _held_out(file: Path, config: RunConfig) -> "list[Example]":
@@ -184,6 +208,13 @@ def _print_scores(scores: "Mapping[str, ModelScores]", comparisons: "list[Compar
         if name in against:
             line += f"   candidate {100 * against[name].difference:+.1f} points, p = {against[name].p_value:.2g}"
         print(line, flush=True)
+
+
+def _print_harness(measured: "Mapping[str, Scores]") -> None:
+    for task, metrics in measured.get("candidate", {}).items():
+        for metric in metrics:
+            values = "   ".join(f"{name} {tasks[task][metric].value:.4g}" for name, tasks in measured.items())
+            print(f"{task} {metric}: {values}", flush=True)
 
 
 STEP = Step(

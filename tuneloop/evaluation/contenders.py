@@ -1,9 +1,11 @@
 """The models that are compared: bases with adapters, answered one base at a time."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from tuneloop.data.chat import render_prompts, require_chat_template
 from tuneloop.data.schema import Example
@@ -34,6 +36,14 @@ class Contender:
         """Equal for contenders over one base that compute the same; empty for the base itself."""
         return "" if self.adapter is None or self.adapter.is_no_op() else self.adapter.digest()
 
+    @property
+    def key(self) -> tuple[Path, str]:
+        """Equal for contenders that compute the same."""
+        return self.base, self.digest
+
+
+Visit = Callable[[Contender, TorchEngine, PreTrainedTokenizerBase], None]
+
 
 def answer_all(
     contenders: Sequence[Contender],
@@ -41,11 +51,12 @@ def answer_all(
     scorer: Scorer,
     settings: AnswerSettings,
     dtype: str,
+    visit: Visit | None = None,
 ) -> dict[str, ModelAnswers]:
     """Every contender's answers to the same prompts, by name.
 
     A base is loaded once, and only one at a time; contenders that compute the same share their answers. Prompts are
-    rendered by each base's own tokenizer.
+    rendered by each base's own tokenizer. `visit` is called with each model that was not there yet, in the engine.
 
     Raises:
         UserError: a base cannot be loaded, an adapter does not fit its base, or a reward failed.
@@ -53,7 +64,7 @@ def answer_all(
     answers: dict[str, ModelAnswers] = {}
     for base in dict.fromkeys(contender.base for contender in contenders):
         members = [contender for contender in contenders if contender.base == base]
-        answers |= _answer_over(base, members, examples, scorer, settings, dtype)
+        answers |= _answer_over(base, members, examples, scorer, settings, dtype, visit)
         gc.collect()  # the engine is gone: give its weights back before the next base is loaded
     return {contender.name: answers[contender.name] for contender in contenders}
 
@@ -65,6 +76,7 @@ def _answer_over(
     scorer: Scorer,
     settings: AnswerSettings,
     dtype: str,
+    visit: Visit | None,
 ) -> dict[str, ModelAnswers]:
     tokenizer = load_tokenizer(base)
     require_chat_template(tokenizer)
@@ -88,4 +100,6 @@ def _answer_over(
             )
         label = f"evaluate {contender.name}"
         answers[contender.name] = evaluate_model(engine, examples, prompts, scorer, tokenizer, settings, label)
+        if visit:
+            visit(contender, engine, tokenizer)
     return answers
