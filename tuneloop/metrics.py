@@ -28,11 +28,13 @@ class JsonLines:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
-    def offset(self) -> int:
-        """Bytes so far, all of them on the disk: a checkpoint may count on them."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def position(self) -> int:
+        """Bytes so far."""
         return os.fstat(self._file.fileno()).st_size
+
+    def sync(self) -> None:
+        """Bring all of it to the disk: a checkpoint counts on it."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -74,9 +76,13 @@ class MetricsWriter:
         """Seconds of training so far, earlier attempts included."""
         return time.monotonic() - self._started
 
-    def offset(self) -> int:
+    def position(self) -> int:
         """Bytes of `metrics.jsonl` so far."""
-        return self._lines.offset()
+        return self._lines.position()
+
+    def sync(self) -> None:
+        """Bring `metrics.jsonl` to the disk."""
+        self._lines.sync()
 
     def flush(self) -> None:
         """Wait until every event is written: TensorBoard's writer works in a thread of its own."""

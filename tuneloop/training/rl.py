@@ -18,11 +18,12 @@ from tuneloop.rollout.weight_sync import WeightSync
 from tuneloop.settings import SamplingSettings
 from tuneloop.training.collect import Rollout, collect
 from tuneloop.training.data_order import rows_of_update
+from tuneloop.training.dynamic_sampling import collect_with_spread
 from tuneloop.training.learner import Learner
 from tuneloop.training.policy import Policy
 from tuneloop.training.run_state import RunState
 from tuneloop.training.settings import RlSettings
-from tuneloop.training.stopping import StopRequest
+from tuneloop.training.stopping import Abandoned, StopRequest
 from tuneloop.training.world import World
 
 GREEDY = SamplingSettings(temperature=0.0)
@@ -54,17 +55,29 @@ class RlTrainer:
     """Trains `policy` in place, resuming what `folder` holds.
 
     `run` does everything; whoever trains several policies in turn calls `start`, then `advance` until `done`, then
-    `finish`, with the policy installed.
+    `finish`, with the policy installed, and `stop` or `abandon` when `stopping` says so.
     """
 
     def __init__(
-        self, policy: Policy, sync: WeightSync, task: RlTask, settings: RlSettings, *, seed: int, folder: Path
+        self,
+        policy: Policy,
+        sync: WeightSync,
+        task: RlTask,
+        settings: RlSettings,
+        *,
+        seed: int,
+        folder: Path,
+        stopping: StopRequest | None = None,
     ):
         self.policy, self.sync, self.engine, self.task = policy, sync, sync.engine, task
         self.settings, self.seed = settings, seed
         self.world = World()
-        self.learner = Learner(policy, settings, self.world)
-        self.state = RunState(folder, self.learner, settings.keep_checkpoints)
+        self.stopping = stopping or StopRequest(settings.stop_grace_seconds)
+        self.learner = Learner(policy, settings, self.world, seed=seed, max_new_tokens=task.max_new_tokens)
+        # With every weight trained, a copy of the state would be as much again as training needs.
+        copies = self.world.size == 1 and settings.mode == "lora"
+        self.state = RunState(folder, self.learner, settings.keep_checkpoints, copies=copies, world=self.world)
+        self.learner.before_step = self.state.changes
 
     @property
     def done(self) -> bool:
@@ -79,41 +92,73 @@ class RlTrainer:
             CanaryFailed: the engine does not sample from this policy.
             UserError: a reward failed, or too many completions are cut off.
         """
-        self.start()
-        with StopRequest() as stop, Progress("lora_rl", self.settings.updates, done=self.state.update) as progress:
-            while not self.done:
-                values = self.advance()
-                if self.world.any(stop.requested) and not self.done:
-                    self.stop()
-                progress.advance(note=f"reward {values['reward/mean']:.3f}")
+        with self.stopping, Progress("lora_rl", self.settings.updates, done=self.state.update) as progress:
+            try:
+                self.start()
+                while not self.done:
+                    if self.world.any(self.stopping.requested):
+                        self.stop()
+                    values = self.advance()
+                    progress.advance(note=f"reward {values['reward/mean']:.3f}")
+            except Abandoned:
+                self.abandon()
+            except RuntimeError:
+                if self.world.size > 1 and self.stopping.requested:  # another process has abandoned it and is gone
+                    self.abandon()
+                raise
         return self.finish()
 
     def start(self) -> None:
-        """Give the engine its adapter; before the first update, validate."""
-        self.sync()
-        if self.state.update == 0:
-            self.state.metrics.write(0, self._validate())
+        """Give the engine its adapter; before the first update, validate.
+
+        Raises:
+            Abandoned: asked to stop, and the grace is over.
+        """
+        with self.stopping.abandonable():
+            self.sync()
+            values = self._validate(0) if self.state.is_new else {}
+        if self.state.is_new:
+            self.state.record(0, values)
 
     def advance(self) -> dict[str, float]:
-        """One update, its metrics written, saved when a checkpoint is due; returns the metrics."""
+        """One update, its metrics written, saved when a checkpoint is due; returns the metrics.
+
+        Raises:
+            Abandoned: asked to stop, and the grace is over.
+        """
         state, settings = self.state, self.settings
-        values = self._one_update()
-        state.update += 1
-        if self.done or state.update % settings.validate_every == 0:
-            values |= self._validate()
-        state.metrics.write(state.update, values)
-        if self.done or state.update % settings.checkpoint_every == 0:
+        update = state.update + 1
+        is_last = update >= settings.updates
+        with self.stopping.abandonable():
+            values = self._one_update()
+            if is_last or update % settings.validate_every == 0:
+                values |= self._validate(update)
+        state.record(update, values)
+        if is_last or update % settings.checkpoint_every == 0:
             state.save()
         return values
 
     def stop(self) -> None:
-        """Save and raise.
+        """Save between two updates and raise.
 
         Raises:
             TryAgain: always.
         """
         self.state.save()
         raise TryAgain(f"stopped after update {self.state.update}, which is saved; run again to continue")
+
+    def abandon(self) -> None:
+        """Save what there was before the running update and raise.
+
+        Raises:
+            TryAgain: always.
+        """
+        self.stopping.settle()
+        # With several processes, whose state each holds a part of, there is nobody left to save it with.
+        saved = self.state.save_abandoned() if self.world.size == 1 else self.state.saved
+        raise TryAgain(f"stopped; update {self.state.update + 1} would not have been finished within the "
+                       f"{self.settings.stop_grace_seconds:g} s of lora_rl.stop_grace_seconds and was abandoned; "
+                       f"run again to continue after update {saved}")  # fmt: skip
 
     def finish(self) -> RlResult:
         """Close the logs and let go of the policy."""
@@ -133,11 +178,13 @@ class RlTrainer:
         minibatches, scored = self.learner.score(rollout)
         clock.lap("score")
         values |= scored | self.learner.update(minibatches)
+        values |= self.learner.change_ranks(self.state.update + 1)
         clock.lap("update")
         self.engine.wake()
         self.sync.refuse_gap(values.get("divergence/mean", 0.0), "rollout")
         values["canary/gap"] = self.sync()
         values["canary/changed"] = float(self.sync.changed)
+        values["memory/sync_peak_bytes"] = float(self.sync.peak_bytes)
         clock.lap("sync")
         values["tokens_per_second/rollout"] = rollout.tokens() / clock.seconds["collect"]
         values["tokens_per_second/update"] = values["update/packed_tokens"] / clock.seconds["update"]
@@ -145,7 +192,16 @@ class RlTrainer:
         return values | {f"seconds/{name}": seconds for name, seconds in clock.seconds.items()}
 
     def _collect(self) -> Rollout:
-        rows = rows_of_update(self.seed, self.state.update, self.settings.prompts_per_update, len(self.task.train))
+        wanted, rows = self.settings.prompts_per_update, len(self.task.train)
+        update, algorithm = self.state.update, self.settings.algorithm
+        if not algorithm.dynamic_sampling:
+            return self._sample(rows_of_update(self.seed, update, wanted, rows), range(wanted))
+        return collect_with_spread(
+            self._sample, seed=self.seed, update=update, wanted=wanted, rows=rows, max_rounds=algorithm.max_resample
+        )
+
+    def _sample(self, rows: Sequence[int], names: Sequence[int]) -> Rollout:
+        """Completions of training prompts, judged; `names` tell this update's prompts apart in the random numbers."""
         return collect(
             self.engine,
             self.task.tokenizer,
@@ -154,7 +210,7 @@ class RlTrainer:
             samples=self.settings.group_size,
             sampling=self.settings.sampling,
             max_new_tokens=self.task.max_new_tokens,
-            stream=SampleStream(self.seed, self.state.update + 1),
+            stream=SampleStream(self.seed, self.state.update + 1, names),
             adapter=self.sync.name,
             world=self.world,
         )
@@ -166,7 +222,7 @@ class RlTrainer:
                 f"more than lora_rl.max_truncated_share = {self.settings.max_truncated_share:.0%}: raise one of the two"
             )
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, update: int) -> dict[str, float]:
         """Greedy completions of the held-out prompts; the first few are kept for the report."""
         rollout = collect(
             self.engine,
@@ -180,17 +236,17 @@ class RlTrainer:
             adapter=self.sync.name,
             world=self.world,
         )
-        self._keep_samples(rollout)
+        self._keep_samples(rollout, update)
         return {
             "validation/reward": float(rollout.rewards_NG().mean()),
             "validation/accuracy": rollout.accuracy(self.task.scorer),
         }
 
-    def _keep_samples(self, rollout: Rollout) -> None:
+    def _keep_samples(self, rollout: Rollout, update: int) -> None:
         for group in rollout.groups[: self.settings.kept_prompts]:
             self.state.samples.write(
                 {
-                    "update": self.state.update,
+                    "update": update,
                     "prompt_id": group.example.id,
                     "prompt": group.example.messages[-1]["content"],
                     "answer": group.example.answer,

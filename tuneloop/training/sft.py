@@ -20,10 +20,10 @@ from tuneloop.models.packed import Group, pack
 from tuneloop.progress import Progress
 from tuneloop.training.batching import micro_batches, packed_length
 from tuneloop.training.data_order import rows_of_update
-from tuneloop.training.optim import MasterAdamW
+from tuneloop.training.optim import AnnouncedSteps, MasterAdamW
 from tuneloop.training.run_state import RunState
 from tuneloop.training.settings import SftSettings
-from tuneloop.training.stopping import StopRequest
+from tuneloop.training.stopping import Abandoned, StopRequest
 
 
 @dataclass(frozen=True)
@@ -57,32 +57,69 @@ def warm_up(
     else:
         parameters = list(trainable_parameters(layers))
     optimizer = MasterAdamW(parameters, settings.optimizer, settings.updates)
-    state = RunState(folder, optimizer, keep=1)
-    held_out = _groups(tokenizer, validation)
-    if state.update == 0:
-        state.metrics.write(0, {"loss/validation": validation_loss(model, held_out, settings.micro_batch_tokens)})
-    with StopRequest() as stop, Progress("sft_warmup", settings.updates, done=state.update) as progress:
-        while state.update < settings.updates:
-            torch.manual_seed(seed + state.update)  # dropout: equal after a resume
-            rows = rows_of_update(seed, state.update, settings.examples_per_update, len(train))
-            values = _update(model, optimizer, _groups(tokenizer, [train[row] for row in rows]), settings)
-            state.update += 1
-            done = state.update == settings.updates
-            if done or state.update % settings.validate_every == 0:
-                values["loss/validation"] = validation_loss(model, held_out, settings.micro_batch_tokens)
-            state.metrics.write(state.update, values)
-            if stop.requested or (state.update % settings.checkpoint_every == 0 and not done):
-                state.save()
-            if stop.requested and not done:
-                raise TryAgain(f"stopped after warm-up update {state.update}, which is saved; run again to continue")
-            progress.advance(note=f"loss {values['loss/train']:.3f}")
+    # A copy of every weight and its moments would be as much again as training needs: those go back to a checkpoint.
+    state = RunState(folder, optimizer, keep=1, copies=settings.mode == "lora")
+    loop = _WarmUp(model, tokenizer, train, _groups(tokenizer, validation), settings, optimizer, state, seed)
+    with StopRequest(settings.stop_grace_seconds) as stop:
+        try:
+            loop.run(stop)
+        except Abandoned:
+            stop.settle()
+            saved = state.save_abandoned()
+            raise TryAgain(f"stopped; warm-up update {state.update + 1} would not have been finished within the "
+                           f"{settings.stop_grace_seconds:g} s of sft_warmup.stop_grace_seconds and was abandoned; "
+                           f"run again to continue after update {saved}") from None  # fmt: skip
     state.close()
     losses = state.metrics.column("loss/validation")
     return SftResult(losses[0], losses[-1], settings.updates)
 
 
+@dataclass
+class _WarmUp:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: Sequence[Example]
+    held_out: Sequence[Group]
+    settings: SftSettings
+    optimizer: MasterAdamW
+    state: RunState
+    seed: int
+
+    def run(self, stop: StopRequest) -> None:
+        state, settings = self.state, self.settings
+        if state.is_new:
+            with stop.abandonable():
+                values = self._validate()
+            state.record(0, values)
+        with Progress("sft_warmup", settings.updates, done=state.update) as progress:
+            while state.update < settings.updates:
+                if stop.requested:
+                    state.save()
+                    raise TryAgain(f"stopped after warm-up update {state.update}, which is saved; "
+                                   "run again to continue")  # fmt: skip
+                with stop.abandonable():
+                    values = self._one_update()
+                state.record(state.update + 1, values)
+                if state.update % settings.checkpoint_every == 0 and state.update < settings.updates:
+                    state.save()
+                progress.advance(note=f"loss {values['loss/train']:.3f}")
+
+    def _one_update(self) -> dict[str, float]:
+        settings, update = self.settings, self.state.update
+        torch.manual_seed(self.seed + update)  # dropout: equal after a resume
+        rows = rows_of_update(self.seed, update, settings.examples_per_update, len(self.train))
+        groups = _groups(self.tokenizer, [self.train[row] for row in rows])
+        values = _update(self.model, AnnouncedSteps(self.optimizer, self.state.changes), groups, settings)
+        if update + 1 == settings.updates or (update + 1) % settings.validate_every == 0:
+            values |= self._validate()
+        return values
+
+    def _validate(self) -> dict[str, float]:
+        return {"loss/validation": validation_loss(self.model, self.held_out, self.settings.micro_batch_tokens)}
+
+
 def _update(
-    model: PreTrainedModel, optimizer: MasterAdamW, groups: Sequence[Group], settings: SftSettings
+    model: PreTrainedModel, optimizer: AnnouncedSteps, groups: Sequence[Group], settings: SftSettings
 ) -> dict[str, float]:
     started = time.perf_counter()
     model.train()
