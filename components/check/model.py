@@ -1,12 +1,15 @@
 """The base model as far as its files tell without loading it: architecture, linear layers, context, chat template."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.auto import resolve_auto, start_folder
 from components.config import RunConfig
 from tuneloop.errors import UserError
+from tuneloop.models.recommend import ModelSize
 from tuneloop.models.safetensors_header import TensorHeader, read_header
 from tuneloop.models.sources import resolve_model, weight_files
 from tuneloop.models.targets import choose_targets, linear_layers, match_pattern
@@ -19,17 +22,19 @@ class BaseModel:
     Attributes:
         tensors: tensor name -> header, over all files.
         targets: module name -> (out, in, rank) of every linear layer that gets an adapter.
+        config: the run's config, every "auto" replaced.
     """
 
     folder: Path
     architecture: str
     tensors: dict[str, TensorHeader]
     targets: dict[str, tuple[int, int, int]]
+    config: RunConfig
 
     @property
     def parameters(self) -> int:
         """Number of stored weights; a head tied to the embedding is stored, and counts, once."""
-        return sum(_product(tensor.shape) for tensor in self.tensors.values())
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
     def adapter_parameters(self) -> int:
@@ -63,14 +68,18 @@ def check_model(config: RunConfig) -> BaseModel:
             "lower it"
         )
     _check_tokenizer(folder, uri)
+    if config.lora.start_from:
+        start_folder(config)
     tensors: dict[str, TensorHeader] = {}
     for file in weight_files(folder, uri):
         tensors.update(read_header(file))
-    return BaseModel(folder, architecture, tensors, _targets(config, tensors))
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    size = ModelSize(sum(math.prod(shape) for shape in shapes.values()), linear_layers(shapes))
+    resolved = resolve_auto(config, size)
+    return BaseModel(folder, architecture, tensors, _targets(resolved, size.linear), resolved)
 
 
-def _targets(config: RunConfig, tensors: dict[str, TensorHeader]) -> dict[str, tuple[int, int, int]]:
-    linear = linear_layers({name: tensor.shape for name, tensor in tensors.items()})
+def _targets(config: RunConfig, linear: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int, int]]:
     targets = {}
     for name in choose_targets(linear, config.lora):
         rows, columns = linear[name]
@@ -104,10 +113,3 @@ def _read_json(path: Path, uri: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"model.uri {uri}: {path.name} is no JSON object; fetch the model again")
     return settings
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for side in shape:
-        result *= side
-    return result
