@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import importlib.util
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -46,6 +47,7 @@ class Outcome:
         rank: which child.
         exit_code: see `tuneloop.errors`.
         message: one line, when it failed.
+        trace: the traceback of a bug.
         summary: what the work returned.
         peak_rss_bytes: the most memory that it held.
         at: when, by the machine's clock.
@@ -54,6 +56,7 @@ class Outcome:
     rank: int
     exit_code: int
     message: str
+    trace: str
     summary: dict[str, Any]
     peak_rss_bytes: int
     at: float
@@ -123,7 +126,7 @@ def _wait(process: subprocess.Popen) -> None:
 
 
 def _environment(count: int, folder: str) -> dict[str, str]:
-    environment = {**os.environ, OUTCOMES: folder, "LOGLEVEL": "CRITICAL", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, OUTCOMES: folder, "TMPDIR": folder, "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     if not torch.cuda.is_available():
@@ -132,15 +135,19 @@ def _environment(count: int, folder: str) -> dict[str, str]:
 
 
 def _judged(outcomes: list[Outcome], count: int) -> list[Outcome]:
+    """Raise for what came first; the others then failed for want of it."""
     failed = sorted((outcome for outcome in outcomes if outcome.exit_code != EXIT_OK), key=lambda outcome: outcome.at)
     lost = sorted(set(range(count)) - {outcome.rank for outcome in outcomes})
-    for code, error in ((EXIT_USER_ERROR, UserError), (1, ProcessFailed)):
-        first = next((outcome for outcome in failed if outcome.exit_code == code), None)
-        if first and not (lost and "Connection" in first.message):  # of another that was lost
-            raise error(first.message)
+    for outcome in failed:
+        if outcome.exit_code == EXIT_USER_ERROR:
+            raise UserError(outcome.message)
     if lost:
         raise ProcessFailed(f"process {lost[0]} of {count} was killed from outside (for its memory?); "
                             "the same command continues from the newest checkpoint")  # fmt: skip
+    for outcome in failed:
+        if outcome.exit_code != EXIT_TRY_AGAIN:
+            print(outcome.trace, end="", file=sys.stderr, flush=True)
+            raise ProcessFailed(outcome.message)
     if failed:
         raise TryAgain(failed[0].message)
     return outcomes
@@ -159,20 +166,20 @@ def take_part(settings: DistributedSettings, work: Callable[[], dict[str, Any]])
     try:
         with _group(settings):
             summary = work()
-        code, message = EXIT_OK, ""
+        code, message, trace = EXIT_OK, "", ""
     except TuneloopError as error:
-        code, message, summary = error.exit_code, str(error), {}
+        code, message, trace, summary = error.exit_code, str(error), "", {}
     except Exception as error:
-        traceback.print_exc()
-        code, message, summary = 1, " ".join(f"process {rank}: {type(error).__name__}: {error}".split()), {}
+        message = " ".join(f"process {rank}: {type(error).__name__}: {error}".split())
+        code, trace, summary = 1, traceback.format_exc(), {}
     folder = os.environ.get(OUTCOMES)
     if folder:
-        outcome = Outcome(rank, code, message, summary, peak_rss_bytes(), time.time())
+        outcome = Outcome(rank, code, message, trace, summary, peak_rss_bytes(), time.time())
         partial = Path(folder) / f"{rank}.partial"
         partial.write_text(json.dumps(asdict(outcome)))
         partial.rename(Path(folder) / f"{rank}.json")
     elif code != EXIT_OK:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"{trace}error: {message}", file=sys.stderr, flush=True)
     if code != EXIT_OK:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -207,6 +214,7 @@ def _main(arguments: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _die_with_parent()
+    logging.disable(logging.CRITICAL)  # the outcomes say what happened
     count, seconds, *command = arguments
     config = LaunchConfig(
         min_nodes=1,

@@ -8,6 +8,7 @@ holds are those of `MasterAdamW`.
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -237,6 +238,7 @@ def _engine(root: _Root, parameters: list[nn.Parameter], inner: _ClippedAdamW, s
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # what DeepSpeed calls
     # DeepSpeed would compile an all-reduce in shared memory for the CPU: 100 s and a compiler, where gloo's does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     dtype = parameters[0].dtype
