@@ -62,10 +62,8 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
         if name != "candidate"
         for metric in ("accuracy", "pass_at_1")
     ]
-    metrics = {name: dict(one.metrics) for name, one in scores.items()}
     measured = harness.scores() if harness else {}
-    for name, tasks in measured.items():
-        metrics[name] |= guard_metrics(tasks)
+    metrics = {name: one.metrics | guard_metrics(measured.get(name, {})) for name, one in scores.items()}
     _require_measured_guards(config, tuple(metrics["candidate"]), after=True)
     digests = {one.name: one.adapter.digest() for one in contenders if one.adapter}
     decision = decide(comparisons, metrics, digests, settings.gate)
@@ -97,10 +95,8 @@ def _require_measured_guards(config: RunConfig, measured: tuple[str, ...], after
     for guard in config.evaluate.gate.guards:
         of_harness = config.evaluate.harness and "/" in guard.metric
         if guard.metric not in known and (after or not of_harness):
-            raise UserError(
-                f"evaluate.gate.guards: {guard.metric!r} is not measured, or is better when lower; "
-                f"known: {', '.join(sorted(known))}"
-            )
+            reason = "not measured by its task, or better when lower" if of_harness else "not measured"
+            raise UserError(f"evaluate.gate.guards: {guard.metric!r} is {reason}; known: {', '.join(sorted(known))}")
 
 
 def _harness(config: RunConfig, contenders: "list[Contender]") -> "Harness | None":

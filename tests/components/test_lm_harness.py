@@ -20,6 +20,7 @@ from tuneloop.evaluation.lm_harness import Harness, guard_metrics, read_scores, 
 from tuneloop.evaluation.settings import HarnessSettings
 from tuneloop.models.load import load_tokenizer
 from tuneloop.models.sources import resolve_model
+from tuneloop.report import build_report
 from tuneloop.rollout.torch_engine import TorchEngine
 
 BASE = "tiny://qwen2?seed=0"
@@ -253,9 +254,14 @@ def test_evaluation_holds_the_tasks_and_the_gate_guards_them(trained, tmp_path, 
     guard = next(check for check in evaluation["gate"]["checks"] if check["name"] == "guard digits_choice/acc")
     assert "against the base's" in guard["detail"]
     assert "digits_choice acc: base" in capsys.readouterr().out
+    html = build_report(tmp_path).html.read_text()
+    assert "digits_text" in html
+    assert "byte_perplexity ↓" in html
 
 
 def test_a_guard_on_what_no_task_measures(trained, tmp_path, tasks):
-    with pytest.raises(UserError, match="'digits_text/byte_perplexity' is not measured, or is better when lower"):
+    with pytest.raises(
+        UserError, match="byte_perplexity' is not measured by its task, or better when lower"
+    ):
         evaluate(trained, tmp_path, tasks, "evaluate.gate.guards=[{metric='digits_text/byte_perplexity'}]")
     assert not (tmp_path / "evaluate").exists()

@@ -13,6 +13,7 @@ from tuneloop.report.answers import answers
 from tuneloop.report.curve_chart import ChartBook
 from tuneloop.report.curves import training
 from tuneloop.report.data import data
+from tuneloop.report.harness import harness
 from tuneloop.report.html import Html, join, tag, text
 from tuneloop.report.lineage import lineage
 from tuneloop.report.resources import resources
@@ -24,6 +25,7 @@ from tuneloop.report.verdict import headline, verdict
 MAX_BYTES = 2_000_000
 TITLES = {
     "accuracy": "Accuracy",
+    "harness": "lm-evaluation-harness",
     "training": "Training",
     "samples": "Completions",
     "answers": "Changed answers",
@@ -60,6 +62,7 @@ def _page(run: RunRecord, budget: Budget) -> str:
     book = ChartBook(budget.points)
     sections = {
         "accuracy": accuracy(run),
+        "harness": harness(run),
         "training": training(run, book),
         "samples": samples(run, prompts=budget.prompts, characters=budget.characters),
         "answers": answers(run, shown=budget.prompts, characters=budget.characters),
