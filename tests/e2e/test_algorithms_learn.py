@@ -19,8 +19,8 @@ from tuneloop.models.adapter_io import load_adapter
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "ci.toml"
 WARM_UP = "sft_warmup.updates=20"  # a fifth of the sampled answers right: room to rise, and spread from the start
 SMALL = (
-    WARM_UP, "lora_rl.updates=30", "lora_rl.prompts_per_update=16", "lora_rl.optimizer.learning_rate=0.004",
-    "lora_rl.validate_every=30", "lora_rl.checkpoint_every=30", "lora_rl.algorithm.minibatches=1",
+    WARM_UP, "lora_rl.updates=25", "lora_rl.prompts_per_update=24", "lora_rl.optimizer.learning_rate=0.003",
+    "lora_rl.validate_every=25", "lora_rl.checkpoint_every=25", "lora_rl.algorithm.minibatches=1",
 )  # fmt: skip
 CLOCK_AND_MEMORY = ("time", "seconds/", "tokens_per_second/", "memory/")  # columns that differ from run to run
 
@@ -66,8 +66,9 @@ def test_reward_rises(warm: dict[str, Path], tmp_path: Path, name: str):
     settings = (f"name={name}", *ALGORITHMS[name])
     rows = train(warm, tmp_path, *(f"lora_rl.algorithm.{setting}" for setting in settings))
     reward = [row["reward/mean"] for row in rows if "reward/mean" in row]
-    assert len(reward) == 30
-    assert sum(reward[-5:]) / 5 > sum(reward[:5]) / 5 + 0.1, reward
+    assert len(reward) == 25
+    assert sum(reward[-8:]) / 8 > sum(reward[:8]) / 8 + 0.08, reward
+    print(f"{name}: reward {sum(reward[:8]) / 8:.3f} to {sum(reward[-8:]) / 8:.3f}")
     assert rows[1]["divergence/mean"] < 1e-4
 
 
