@@ -27,6 +27,7 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     from tuneloop.training.finish import save_full_model
     from tuneloop.training.sft import warm_up
 
+    start = start_folder(config) if config.lora.start_from else None
     base = resolve_model(config.model.uri)
     size = read_model_size(base)
     resolved = resolve_auto(config, size)
@@ -38,7 +39,7 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     require_chat_template(tokenizer)
     model = load_model(base, config.model.dtype)
     # After a full fine-tuning the adapter is a fresh one over the new weights, so it is attached afterwards.
-    layers = {} if settings.mode == "full" else _layers(config, resolved, model)
+    layers = {} if settings.mode == "full" else _layers(config, resolved, model, start)
     if layers:
         print(describe_targets(layers), flush=True)
     result = warm_up(model, layers, tokenizer, train, validation, settings, seed=config.seed, folder=output)
@@ -68,15 +69,17 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     }
 
 
-def _layers(config: RunConfig, resolved: RunConfig, model: "PreTrainedModel") -> "dict[str, LoraLinear]":
-    """A fresh adapter, or the one that `lora.start_from` names."""
+def _layers(
+    config: RunConfig, resolved: RunConfig, model: "PreTrainedModel", start: Path | None
+) -> "dict[str, LoraLinear]":
+    """A fresh adapter, or the one in the folder `start`."""
     from tuneloop.models.adapter_io import load_adapter
     from tuneloop.models.lora import attach, attach_adapter, require_fit
 
     lora = resolved.lora
-    if not lora.start_from:
+    if start is None:
         return attach(model, lora, config.seed)
-    adapter = load_adapter(start_folder(config))
+    adapter = load_adapter(start)
     require_fit(model, adapter, lora, any_rank=config.lora.rank == "auto")
     print(f"sft_warmup: continues adapter {adapter.digest()[:12]} of {lora.start_from}", flush=True)
     return attach_adapter(model, adapter, lora.dropout, lora)

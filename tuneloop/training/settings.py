@@ -84,6 +84,12 @@ class RlSettings(StrictModel):
     max_truncated_share: Share = 1.0  # stop as a mistake when more completions than this are cut off at the limit
 
     @model_validator(mode="after")
+    def _whole_weights_are_shared_with_the_engine(self) -> "RlSettings":
+        if self.mode == "full" and self.distributed.zero_stage == 3:
+            raise ValueError('mode = "full" shares its weights with the engine: use distributed.zero_stage 1 or 2')
+        return self
+
+    @model_validator(mode="after")
     def _rollouts_explore(self) -> "RlSettings":
         if self.sampling.temperature == 0.0:
             raise ValueError("sampling.temperature 0 gives equal completions in a group, so no advantage: use 1.0")
@@ -95,6 +101,8 @@ class RlSettings(StrictModel):
     def _ranks_are_of_adapters(self) -> "RlSettings":
         if self.mode == "full" and self.rank_schedule.kind != "off":
             raise ValueError('rank_schedule changes the ranks of an adapter, and mode = "full" trains none')
+        if self.distributed.zero_stage == 3 and self.rank_schedule.kind != "off":
+            raise ValueError("rank_schedule replaces factors, which zero_stage 3 spreads: use distributed.zero_stage 2")
         return self
 
 
