@@ -48,13 +48,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--hardware", default="2-core-avx512", help="part of the result's file name")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        runs = [run for seed in range(1, arguments.seeds + 1) for run in run_seed(Path(scratch), seed)]
-    rows = [summary(arm, [run for run in runs if run["arm"] == arm.name]) for arm in ARMS]
     path = REPOSITORY / "benchmarks" / "results" / f"{date.today()}-{arguments.hardware}-rank_schedule.json"
-    result = {"hardware": arguments.hardware, "config": "configs/ci.toml", "arms": rows, "runs": runs}
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print_table(rows)
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in range(1, arguments.seeds + 1):
+            runs += run_seed(Path(scratch), seed)
+            rows = [summary(arm, [run for run in runs if run["arm"] == arm.name]) for arm in ARMS]
+            result = {"hardware": arguments.hardware, "config": "configs/ci.toml", "seeds": seed, "arms": rows}
+            path.write_text(json.dumps({**result, "runs": runs}, indent=2) + "\n")
+            print_table(rows)
     print(f"saved {path.relative_to(REPOSITORY)}")
 
 
