@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import nn
@@ -75,7 +76,7 @@ class Learner:
 
     def update(self, minibatches: list[Minibatch]) -> dict[str, float]:
         """One optimiser step a minibatch, then one of KL's coefficient; returns metrics."""
-        optimizer = AnnouncedSteps(self.optimizer, self.before_step)
+        optimizer = cast(Optimizer, AnnouncedSteps(self.optimizer, self.before_step))
         settings, algorithm = self._settings_now(), self.settings.algorithm
         values = update_policy(self.policy.model, optimizer, minibatches, settings, self.world, self.heads)
         if algorithm.kl_coefficient == 0:
