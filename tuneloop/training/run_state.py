@@ -150,5 +150,3 @@ class RunState:
         self.trained.release()
         self.metrics.close()
         self.samples.close()
-        if self._scratch:
-            self._scratch.cleanup()

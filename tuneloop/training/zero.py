@@ -88,6 +88,7 @@ class ZeroAdamW:
         self._heads_norm = 0.0
         if self._replicated:
             torch.distributed.all_reduce(self._replicated.gradient)
+            self._replicated.gradient.div_(self._world)  # `backward` has multiplied, for the engine
             self._heads_norm = float(torch.linalg.vector_norm(self._replicated.gradient))
             require_finite(self._heads_norm, self.updates)
         rate = self.learning_rate(self.updates)
