@@ -97,8 +97,7 @@ class Learner:
         if self.ranks.due(update):
             self.before_step()
             shapes = [(name, parameter.shape) for name, parameter in self.parameters()]
-            whole = self.world.gather(self.optimizer.state())[0]  # several processes: only the first has it
-            state, dropped = self.ranks.change(update, whole, shapes)
+            state, dropped = self.ranks.change(update, self.optimizer.state(), shapes)
             self._replace_optimizer(state)
         return {**self.ranks.metrics(), "rank/dropped": dropped}
 

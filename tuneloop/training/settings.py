@@ -101,8 +101,6 @@ class RlSettings(StrictModel):
     def _ranks_are_of_adapters(self) -> "RlSettings":
         if self.mode == "full" and self.rank_schedule.kind != "off":
             raise ValueError('rank_schedule changes the ranks of an adapter, and mode = "full" trains none')
-        if self.distributed.zero_stage == 3 and self.rank_schedule.kind != "off":
-            raise ValueError("rank_schedule replaces factors, which zero_stage 3 spreads: use distributed.zero_stage 2")
         return self
 
 
