@@ -107,7 +107,12 @@ class VllmEngine:
             self._sent += 1
             path = self._folder.path / str(self._sent)
             save_adapter(adapter, path)
-        digest = self._lasting(lambda process: self._hand_over(process, name, path))
+        try:
+            digest = self._lasting(lambda process: self._hand_over(process, name, path))
+        except UserError:
+            if path:
+                shutil.rmtree(path)
+            raise
         before = self._held.get(name)
         self._held[name] = path
         if before is not None:

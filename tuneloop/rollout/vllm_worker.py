@@ -60,28 +60,30 @@ class Worker:
         if before and self._options["max_rank"]:
             self.llm.llm_engine.remove_lora(before[0])
         if folder:
-            self._refuse_one_too_many(name)
-            self._adapters[name] = (number, folder)
-            if self._options["max_rank"]:
-                self._load(name)
+            try:
+                self._hold(name, number, folder)
+            except Refused:
+                if before:
+                    self._hold(name, *before)
+                raise
         if not self._options["max_rank"]:
             self._merge(name)
         return digest
 
-    def _refuse_one_too_many(self, name: str) -> None:
-        if self._options["max_rank"] and len(self._adapters) >= self._options["max_adapters"]:
+    def _hold(self, name: str, number: int, folder: str) -> None:
+        if not self._options["max_rank"]:
+            self._adapters[name] = (number, folder)
+            return
+        if len(self._adapters) >= self._options["max_adapters"]:
             raise Refused(f"adapter {name!r} is one more than the {self._options['max_adapters']} that the engine was "
                           "started for")  # fmt: skip
-
-    def _load(self, name: str) -> None:
-        request = self._request(name)
-        assert request
         try:
-            self.llm.llm_engine.add_lora(request)
+            self.llm.llm_engine.add_lora(_lora_request(name, number, folder))
         except ValueError as error:
             raise Refused(f"vLLM cannot hold the adapter: {error}") from None
-        if request.lora_int_id not in self.llm.llm_engine.list_loras():
+        if number not in self.llm.llm_engine.list_loras():
             raise RuntimeError(f"vLLM does not list adapter {name!r} after it was added")
+        self._adapters[name] = (number, folder)
 
     def _merge(self, name: str) -> None:
         folder = self._adapters.get(name, (0, ""))[1]
@@ -89,18 +91,14 @@ class Worker:
         self.llm.reset_prefix_cache()  # its keys and values are of the weights before
         self._merged = folder
 
-    def _request(self, name: str) -> "LoRARequest | None":
-        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
-
-        if name not in self._adapters or not self._options["max_rank"]:
-            return None
-        number, folder = self._adapters[name]
-        return LoRARequest(f"{name}-{number}", number, folder)
-
     def _use(self, name: str) -> "LoRARequest | None":
-        if not self._options["max_rank"] and self._adapters.get(name, (0, ""))[1] != self._merged:
+        """What a request with this adapter carries; merged, it carries nothing."""
+        number, folder = self._adapters.get(name, (0, ""))
+        if self._options["max_rank"]:
+            return _lora_request(name, number, folder) if folder else None
+        if folder != self._merged:
             self._merge(name)
-        return self._request(name)
+        return None
 
     def generate(
         self,
@@ -165,6 +163,12 @@ class Worker:
         """Weights back to the accelerator."""
         if _has_sleep_mode():
             self.llm.wake_up()
+
+
+def _lora_request(name: str, number: int, folder: str) -> "LoRARequest":
+    from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+    return LoRARequest(f"{name}-{number}", number, folder)
 
 
 def _set_environment(enforce_eager: bool) -> None:
