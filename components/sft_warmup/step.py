@@ -20,7 +20,7 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     from tuneloop.data.chat import require_chat_template
     from tuneloop.data.reader import read_examples
     from tuneloop.models.adapter_io import save_adapter
-    from tuneloop.models.load import load_model, load_tokenizer
+    from tuneloop.models.load import checkpoint_layers, load_model, load_tokenizer
     from tuneloop.models.lora import attach, describe_targets, extract, peft_config
     from tuneloop.models.recommend import read_model_size
     from tuneloop.models.sources import resolve_model
@@ -38,6 +38,8 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     tokenizer = load_tokenizer(base)
     require_chat_template(tokenizer)
     model = load_model(base, config.model.dtype)
+    if config.sft_warmup.gradient_checkpointing:
+        checkpoint_layers(model)
     # After a full fine-tuning the adapter is a fresh one over the new weights, so it is attached afterwards.
     layers = {} if settings.mode == "full" else _layers(config, resolved, model, start)
     if layers:
@@ -85,4 +87,11 @@ def _layers(
     return attach_adapter(model, adapter, lora.dropout, lora)
 
 
-STEP = Step("sft_warmup", ("data",), run, sections=("model", "lora", "sft_warmup"), resumable=True)
+STEP = Step(
+    "sft_warmup",
+    ("data",),
+    run,
+    sections=("model", "lora", "sft_warmup"),
+    resumable=True,
+    indifferent=("sft_warmup.gradient_checkpointing",),
+)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +31,7 @@ from tuneloop.process import peak_rss_bytes
 from tuneloop.training.settings import DistributedSettings
 
 OUTCOMES = "TUNELOOP_OUTCOMES"  # names the folder of the outcomes in a child's environment
+_KILLED = "killed"  # a file there: the signals that ended children, by rank
 _SECONDS_TO_LEAVE = 10  # beyond the grace: for saving and for leaving the group
 _PR_SET_PDEATHSIG = 1
 
@@ -107,7 +108,9 @@ def run_processes(command: Sequence[str], count: int, grace_seconds: float) -> l
         process = subprocess.Popen(launcher, env=_environment(count, folder), start_new_session=True)
         _wait(process)
         found = [Outcome(**json.loads(path.read_text())) for path in Path(folder).glob("*.json")]
-    return _judged(sorted(found, key=lambda outcome: outcome.rank), count)
+        killed = Path(folder) / _KILLED
+        signals = json.loads(killed.read_text()) if killed.exists() else {}
+    return _judged(sorted(found, key=lambda outcome: outcome.rank), signals, count)
 
 
 def _wait(process: subprocess.Popen) -> None:
@@ -134,15 +137,14 @@ def _environment(count: int, folder: str) -> dict[str, str]:
     return environment
 
 
-def _judged(outcomes: list[Outcome], count: int) -> list[Outcome]:
+def _judged(outcomes: list[Outcome], signals: Mapping[str, int], count: int) -> list[Outcome]:
     """Raise for what came first; the others then failed for want of it."""
     failed = sorted((outcome for outcome in outcomes if outcome.exit_code != EXIT_OK), key=lambda outcome: outcome.at)
-    lost = sorted(set(range(count)) - {outcome.rank for outcome in outcomes})
     for outcome in failed:
         if outcome.exit_code == EXIT_USER_ERROR:
             raise UserError(outcome.message)
-    if lost:
-        raise ProcessFailed(f"process {lost[0]} of {count} was killed from outside (for its memory?); "
+    for rank, number in signals.items():
+        raise ProcessFailed(f"process {rank} of {count} was killed by {signal.Signals(number).name} (for its memory?); "
                             "the same command continues from the newest checkpoint")  # fmt: skip
     for outcome in failed:
         if outcome.exit_code != EXIT_TRY_AGAIN:
@@ -150,6 +152,8 @@ def _judged(outcomes: list[Outcome], count: int) -> list[Outcome]:
             raise ProcessFailed(outcome.message)
     if failed:
         raise TryAgain(failed[0].message)
+    if len(outcomes) < count:
+        raise TryAgain("stopped before all processes could save; the same command continues from the newest checkpoint")
     return outcomes
 
 
@@ -228,8 +232,18 @@ def _main(arguments: Sequence[str]) -> int:
     )
     try:
         elastic_launch(config, sys.executable)("-u", *command)
-    except (ChildFailedError, SignalException):
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        killed = {
+            rank: -failure.exitcode
+            for rank, failure in error.failures.items()
+            # By somebody else: we send SIGTERM to those that are left, and long afterwards SIGKILL.
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and failure.timestamp <= first.timestamp + 1
+        }
+        (Path(os.environ[OUTCOMES]) / _KILLED).write_text(json.dumps(killed))
         return 1  # the outcomes say why
+    except SignalException:
+        return 1
     return EXIT_OK
 
 

@@ -111,6 +111,7 @@ class SftSettings(StrictModel):
     updates: Annotated[int, Field(ge=0)] = 50  # 0: RL starts from a fresh adapter
     examples_per_update: PositiveInt = 64
     micro_batch_tokens: Annotated[int, Field(ge=8)] = 8192  # packed tokens of one forward pass
+    gradient_checkpointing: bool = False  # keep a layer's input alone and compute the rest again in the backward pass
     optimizer: OptimizerSettings = OptimizerSettings(learning_rate=3e-4, schedule="linear", warmup_updates=5)
     validate_every: PositiveInt = 10  # updates
     validation_examples: PositiveInt = 128

@@ -1,0 +1,104 @@
+"""Two processes give one process's result: ZeRO 1, 2 and 3 on the tiny model, over gloo.
+
+float32: sums in another order, so tolerances of 1e-6 at masters of about 0.1. bfloat16: gradients of two halves are
+rounded before they are added, as micro-batches' are in one process; masters and moments are fp32 in both.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.numerics.distributed_work import (
+    CASES,
+    LATER_STEPS,
+    STEPS,
+    batches,
+    one_process,
+    peaks_of_modules,
+)
+from tuneloop.training.launch import run_processes
+
+pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install 'tuneloop[deepspeed]'")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder of states, facts of both processes by case, and those of one process."""
+    folder: Path = tmp_path_factory.mktemp("runs")
+    alone = {}
+    for case in CASES:
+        trained, optimizer = one_process(case)
+        norms = trained.train(optimizer, batches(), STEPS)
+        state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+        save_file(state, folder / f"{case}.one.safetensors")
+        later = trained.train(optimizer, batches(), LATER_STEPS)
+        alone[case] = {
+            "norms": norms,
+            "state": state,
+            "later_norms": later,
+            "later": optimizer.state(),
+            "peaks": peaks_of_modules(trained.layers),
+        }
+    outcomes = run_processes(["-m", "tests.numerics.distributed_work", str(folder)], 2, grace_seconds=5)
+    return folder, [outcome.summary for outcome in outcomes], alone
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found["adam_step"] == expected["adam_step"]
+    assert found["updates"] == expected["updates"]
+    torch.testing.assert_close(found["master"], expected["master"], rtol=0, atol=2e-6)
+    torch.testing.assert_close(found["exp_avg"], expected["exp_avg"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found["exp_avg_sq"], expected["exp_avg_sq"], rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_what_one_does(runs, case: str):
+    folder, facts, alone = runs
+    assert facts[0][case]["norms"] == pytest.approx(alone[case]["norms"], rel=1e-5)
+    assert facts[1][case]["norms"] == facts[0][case]["norms"]
+    assert_close(load_file(folder / f"{case}.safetensors"), alone[case]["state"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_of_one_process_resumes_on_two(runs, case: str):
+    folder, facts, alone = runs
+    assert facts[0][case]["later_norms"] == pytest.approx(alone[case]["later_norms"], rel=1e-5)
+    assert_close(load_file(folder / f"{case}.later.safetensors"), alone[case]["later"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_of_two_processes_resumes_on_one(runs, case: str):
+    folder, _, alone = runs
+    trained, optimizer = one_process(case)
+    optimizer.load_state(load_file(folder / f"{case}.safetensors"))
+    assert trained.train(optimizer, batches(), LATER_STEPS) == pytest.approx(alone[case]["later_norms"], rel=1e-5)
+    assert_close(optimizer.state(), alone[case]["later"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_processes_hold_the_same_adapter(runs, case: str):
+    _, facts, _ = runs
+    assert facts[0][case]["digest"] == facts[1][case]["digest"]
+    assert facts[0][case]["logprob"] == facts[1][case]["logprob"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gradient_that_is_not_finite_is_refused_by_all_and_changes_nothing(runs, case: str):
+    folder, facts, _ = runs
+    for process in facts:
+        assert "not finite" in process[case]["refused"]
+    before, after = (load_file(folder / f"{case}{part}.safetensors") for part in ("", ".refused"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_stage_3_spreads_the_model_and_puts_one_module_of_the_adapter_together_at_a_time(runs):
+    _, facts, alone = runs
+    for process in facts:
+        case, peaks = process["stage3-float32"], alone["stage3-float32"]["peaks"]
+        assert case["spread_elements"] == 0
+        assert case["layered_peak"] == max(peaks)
+        assert case["whole_peak"] == sum(peaks)
+        assert process["stage2-float32"]["layered_peak"] == 0
+        assert 0 < process["partly_whole3"]["layered_peak"] < max(peaks)
