@@ -277,6 +277,8 @@ def _zero_config(settings: DistributedSettings, elements: int) -> dict[str, Any]
     if settings.zero_stage == 3:
         config["stage3_param_persistence_threshold"] = settings.whole_below
         config["stage3_prefetch_bucket_size"] = settings.bucket_elements
+        # By default 10^9 elements stay whole from a layer's forward to its backward pass, or behind a lone forward.
+        config["stage3_max_reuse_distance"] = 0
         if settings.offload_parameters:
             config["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return config
