@@ -27,6 +27,12 @@ class AttentionContext(Protocol):
         ...
 
 
+def refuse_unsupported(sliding_window: int | None = None, softcap: float | None = None, sink: object = None) -> None:
+    """Raise a `UserError` for attention that the contexts do not compute."""
+    if sliding_window is not None or softcap is not None or sink is not None:
+        raise UserError("this model uses sliding-window, soft-capped or sink attention, which is not supported")
+
+
 def _attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -41,8 +47,7 @@ def _attention(
     s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    if sliding_window is not None or softcap is not None or s_aux is not None:
-        raise UserError("this model uses sliding-window, soft-capped or sink attention, which is not supported")
+    refuse_unsupported(sliding_window, softcap, s_aux)
     out_THD = context.attend(
         module.layer_idx,  # type: ignore[arg-type]  # every transformers attention module has its index
         query.squeeze(0).transpose(0, 1),

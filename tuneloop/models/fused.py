@@ -1,7 +1,7 @@
 """Leaner element-wise layers: fewer passes over memory and fewer saved activations than transformers' own.
 
-On a CPU the norms and the gated activation of a small model cost about as much as its matrix products. Each function
-here saves only its inputs and works in pieces that stay in the processor's cache.
+On a CPU the norms, the rotary positions and the gated activation of a small model cost about as much as its matrix
+products. Each function here saves only its inputs, and the norms work in pieces that stay in the processor's cache.
 
 Legend: T tokens, D features.
 """
@@ -15,10 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
+from tuneloop.models.attention import AttentionContext, refuse_unsupported
+
 _PIECE_ELEMENTS = 1 << 17  # fp32 elements of one piece: half a megabyte, well inside a core's L2 cache
 
 # Root-mean-square norms that compute weight * (x / rms(x)), with x / rms(x) rounded to the model's dtype first.
 _NORMS = {"LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm", "SmolLM3RMSNorm"}
+_ATTENTIONS = {"LlamaAttention", "Qwen2Attention", "Qwen3Attention", "MistralAttention"}
 _GATED = {"LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP", "SmolLM3MLP"}
 
 
@@ -66,27 +69,46 @@ class _SiluTimes(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[override]
         gate, up = ctx.saved_tensors
-        shape = gate.shape
-        gate, up, gradient = (tensor.reshape(-1, shape[-1]) for tensor in (gate, up, gradient))
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        for part in _pieces(gate):
-            value, incoming = gate[part].float(), gradient[part].float()
-            share = value.sigmoid()
-            activated = value * share
-            d_up[part] = activated * incoming
-            # silu'(x) = s + x s (1 - s), with s the sigmoid
-            d_gate[part] = (incoming * up[part]).mul_(activated.mul_(1.0 - share).add_(share))
-        return d_gate.view(shape), d_up.view(shape)
+        d_up = F.silu(gate).mul_(gradient)
+        d_gate = gradient * up
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+        return d_gate, d_up
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotary positions (Su et al., arXiv:2104.09864) on (T, H, D); the second half of D is the first's partner."""
+
+    @staticmethod
+    def forward(ctx, x_THD, cos_TD, sin_TD):
+        ctx.save_for_backward(cos_TD, sin_TD)
+        return _rotated(x_THD, cos_TD, sin_TD, 1.0)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[override]
+        cos_TD, sin_TD = ctx.saved_tensors
+        return _rotated(gradient, cos_TD, sin_TD, -1.0), None, None
+
+
+def _rotated(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, sign: float) -> torch.Tensor:
+    half = x_THD.shape[-1] // 2
+    first, second = x_THD[..., :half], x_THD[..., half:]
+    cos, sin = cos_TD[:, None, :half], sin_TD[:, None, :half]
+    out = torch.empty_like(x_THD, memory_format=torch.contiguous_format)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=sign)
+    return out
 
 
 def fuse(model: PreTrainedModel) -> None:
-    """Replace the norms and gated activations of a model whose classes are known to compute these formulas, in place.
+    """Replace attention, norms and gated activations of classes that are known to compute these formulas, in place.
 
     Layers of other classes, and weights that are trained, keep transformers' own forward.
     """
     for module in model.modules():
         name = type(module).__name__
-        if name in _NORMS:
+        if name in _ATTENTIONS:
+            module.forward = MethodType(_attention_forward, module)
+        elif name in _NORMS:
             module.forward = MethodType(_norm_forward, module)
         elif name in _GATED and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
             module.forward = MethodType(_gated_forward, module)
@@ -100,6 +122,29 @@ def _norm_forward(self, x: torch.Tensor) -> torch.Tensor:
 
 def _gated_forward(self, x: torch.Tensor) -> torch.Tensor:
     return self.down_proj(_SiluTimes.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def _attention_forward(
+    self,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    *_: object,
+    context: AttentionContext,
+    **__: object,
+) -> tuple[torch.Tensor, None]:
+    window = getattr(self, "sliding_window", None) or getattr(self.config, "sliding_window", None)
+    refuse_unsupported(window if getattr(self.config, "use_sliding_window", True) else None)
+    x_TD = hidden_states[0]
+    query, key, value = (
+        projection(x_TD).view(x_TD.shape[0], -1, self.head_dim)
+        for projection in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    if hasattr(self, "q_norm"):
+        query, key = self.q_norm(query), self.k_norm(key)
+    cos_TD, sin_TD = (part[0] for part in position_embeddings)
+    query, key = _Rotation.apply(query, cos_TD, sin_TD), _Rotation.apply(key, cos_TD, sin_TD)
+    out_THD = context.attend(self.layer_idx, query, key, value, self.scaling)
+    return self.o_proj(out_THD.reshape(1, x_TD.shape[0], -1)), None
 
 
 def _pieces(rows_TD: torch.Tensor) -> Iterator[slice]:

@@ -1,188 +1,235 @@
 """Attention over packed groups: prompts causally, completions over their shared prompt and themselves.
 
 The G completions of a prompt read one copy of its keys and values, as one matrix product a prompt (the idea of
-Hydragen, arXiv:2402.05099, in training). Scores are made chunk by chunk and made again in the backward pass, so they
-never stand whole in memory, and gradients go straight back to the packed rows.
+Hydragen, arXiv:2402.05099, in training). Scores are made piece by piece, in the model's dtype, and made again in the
+backward pass, so they never stand whole in memory and are passed over as few times as possible: what is subtracted
+from every score of a row (its log-sum-exp, and in the backward pass the row's delta), and what hides padding, enter the
+matrix product as further columns, which it sums in fp32.
 
-Legend: n prompts in a chunk, G completions a prompt, P longest prompt, C longest completion input, T packed tokens,
-K key/value heads, M query heads a key/value head, D head size.
+Backward as in FlashAttention-2 (arXiv:2307.08691): P = exp(S - lse), dS = P (dP - delta), delta = sum(dO * O).
+
+Legend: n prompts in a piece, G completions of a prompt in a piece, C query rows of a completion in a piece, L keys of
+its own that they see, P longest prompt, T packed tokens (row T is a row of zeros, to which all padding points), K
+key/value heads, M query heads a key/value head, D head size.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-CHUNK_ELEMENTS = 1 << 22  # attention scores held at once
+CHUNK_ELEMENTS = 1 << 19  # attention scores held at once: about a core's second-level cache
+_FEWEST_ROWS = 64  # query rows of a piece, if scores must be cut even within a completion
+_HIDDEN = -30_000.0  # added to the score of a key that is padding: exp of it is 0 in every dtype
 
 
 class GroupLayout(Protocol):
     """Where prompts and completions lie in the packed row; see `PackedBatch`."""
 
     prompt_index_NP: torch.Tensor
-    prompt_length_N: torch.Tensor
     fed_index_NGC: torch.Tensor
-    fed_length_NG: torch.Tensor
 
 
 class GroupedAttention(torch.autograd.Function):
-    """(query_THD, key_TKD, value_TKD, batch, scaling) -> output_THD; T = prompt tokens then completion tokens."""
+    """(query_THD, key_TKD, value_TKD, layout, scaling) -> output_THD; T = prompt tokens then completion tokens."""
 
     @staticmethod
-    def forward(ctx, query, key, value, batch: GroupLayout, scaling: float):
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        for piece in _pieces(batch, query.shape[1]):
-            blocks = piece.unpack(query, key, value)
-            out[piece.own_rows] = piece.pack_own(_output(*blocks, piece.probabilities(*blocks[:3], scaling)))
-        ctx.save_for_backward(query, key, value)
-        ctx.batch, ctx.scaling = batch, scaling
+    def forward(ctx, query, key, value, layout: GroupLayout, scaling: float):
+        tokens, heads, size = query.shape
+        rows_q, rows_v = _widened(query, [1.0]), _widened(value, [])
+        rows_k = _widened(key, [0.0], scaling)
+        rows_k[-1, :, size] = _HIDDEN
+        out = query.new_empty(tokens + 1, heads, size)
+        lse = torch.empty(tokens + 1, heads, device=query.device)
+        for piece in pieces(layout, heads, query.dtype):
+            q = piece.queries(rows_q, key.shape[1])
+            own = piece.own_scores(q, rows_k)
+            top = own.amax(-2, keepdim=True)
+            prompt = None if piece.prompt_index is None else piece.prompt_scores(q, rows_k)
+            if prompt is not None:
+                top = torch.maximum(top, prompt.amax(-2).view_as(top))
+                prompt.sub_(top.view_as(prompt[..., :1, :])).exp_()
+            own.sub_(top).exp_()
+            total = own.sum(-2, dtype=torch.float32)
+            mixed = piece.own_mix(own, rows_v)
+            if prompt is not None:
+                total += prompt.sum(-2, dtype=torch.float32).view_as(total)
+                mixed += piece.prompt_mix(prompt, rows_v)
+            piece.put(out, mixed.float().div_(total[..., None]).to(out.dtype))
+            piece.put(lse, total.log_().add_(top[..., 0, :])[..., None])
+        out = out[:tokens]
+        ctx.save_for_backward(query, key, value, out, lse[:tokens])
+        ctx.layout, ctx.scaling = layout, scaling
         return out
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[override]
-        query, key, value = ctx.saved_tensors
-        d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for piece in _pieces(ctx.batch, query.shape[1]):
-            q, k_prompt, k_own, v_prompt, v_own = blocks = piece.unpack(query, key, value)
-            weights = piece.probabilities(*blocks[:3], ctx.scaling)
-            d_out = piece.unpack_gradient(gradient, heads=key.shape[1])
-            d_weights = products(d_out, v_prompt, v_own)
-            inner = (d_weights * weights).sum(-1, keepdim=True)
-            d_scores = (d_weights.sub_(inner).mul_(weights)).mul_(ctx.scaling).to(q.dtype)
-            weights = weights.to(q.dtype)
-            d_query[piece.own_rows] = piece.pack_own(combine(d_scores, k_prompt, k_own))
-            d_key_prompt, d_key_own = _transposed(d_scores, q, k_prompt)
-            d_value_prompt, d_value_own = _transposed(weights, d_out, v_prompt)
-            d_key[piece.own_rows] += piece.pack_own_keys(d_key_own)
-            d_value[piece.own_rows] += piece.pack_own_keys(d_value_own)
-            if k_prompt is not None:
-                d_key[piece.prompt_rows] += piece.pack_prompt(d_key_prompt)
-                d_value[piece.prompt_rows] += piece.pack_prompt(d_value_prompt)
-        return d_query, d_key, d_value, None, None
+        query, key, value, out, lse = ctx.saved_tensors
+        tokens, heads, size = query.shape
+        # Sixteen products at a time: such short sums lose nothing in the model's dtype, and are summed on in fp32.
+        parts = (gradient * out).unflatten(-1, (-1, 16 if size % 16 == 0 else size))
+        delta = parts.sum(-1).float().sum(-1)
+        rows_q = _widened(query, [*_two_parts(lse.neg(), query.dtype), 1.0])
+        rows_k = _widened(key, [1.0, 1.0, 0.0], ctx.scaling)
+        rows_k[-1, :, size + 2] = _HIDDEN
+        rows_o = _widened(gradient, _two_parts(delta.neg_(), query.dtype))
+        rows_v = _widened(value, [1.0, 1.0])
+        d_query = query.new_empty(tokens + 1, heads, size)
+        d_key, d_value = (key.new_zeros(tokens + 1, *key.shape[1:]) for _ in range(2))
+        for piece in pieces(ctx.layout, heads, query.dtype):
+            q, o = piece.queries(rows_q, key.shape[1]), piece.queries(rows_o, key.shape[1])
+            weights = piece.own_scores(q, rows_k).exp_()
+            d_scores = piece.own_products(o, rows_v).mul_(weights)
+            d_q = piece.own_mix(d_scores, rows_k)
+            piece.add_own(d_value, weights, o)
+            piece.add_own(d_key, d_scores, q)
+            if piece.prompt_index is not None:
+                weights = piece.prompt_scores(q, rows_k).exp_()
+                d_scores = piece.prompt_scores(o, rows_v).mul_(weights)
+                d_q += piece.prompt_mix(d_scores, rows_k)
+                piece.add_prompt(d_value, weights, o)
+                piece.add_prompt(d_key, d_scores, q)
+            piece.put(d_query, d_q[..., :size])
+        return d_query[:tokens], d_key[:tokens].mul_(ctx.scaling), d_value[:tokens], None, None
 
 
-def products(left, prompt, own):
-    """left @ [prompt; own]^T in fp32, shape (n, K, G, M·C, P + C)."""
-    n, k, g, mc, d = left.shape
-    scores = (left.reshape(n * k * g, mc, d) @ own.reshape(n * k * g, -1, d).transpose(1, 2)).view(n, k, g, mc, -1)
-    if prompt is None:
-        return scores.float()
-    shared = (left.reshape(n * k, g * mc, d) @ prompt.flatten(0, 1).transpose(1, 2)).view(n, k, g, mc, -1)
-    return torch.cat([shared, scores], dim=-1).float()
+@dataclass(frozen=True)
+class Piece:
+    """Some query rows of some prompts or completions, and the keys that they see.
+
+    Scores stand keys first, (…, L, M·C): what is taken over the keys of a row is then taken over whole vectors of rows.
+
+    Attributes:
+        query_index: packed rows of the queries, (n, G, C).
+        key_index: packed rows of the completions' own keys, (n, G, L).
+        prompt_index: packed rows of the shared prompts' keys, (n, P); None for the prompts' own attention.
+        future_L1C: added to own scores: 0, or -inf for what a query row must not see.
+    """
+
+    query_index: torch.Tensor
+    key_index: torch.Tensor
+    prompt_index: torch.Tensor | None
+    future_L1C: torch.Tensor
+
+    @property
+    def rows(self) -> int:
+        """Query rows a completion, C."""
+        return self.query_index.shape[2]
+
+    def queries(self, rows: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """Packed (T + 1, H, E) to (n, K, G, M·C, E)."""
+        n, g, c = self.query_index.shape
+        found = _select(rows, self.query_index).view(n, g, c, kv_heads, -1, rows.shape[-1])
+        return found.permute(0, 3, 1, 4, 2, 5).reshape(n, kv_heads, g, -1, rows.shape[-1])
+
+    def own_scores(self, q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Own rows · q^T without what lies in a query's future, shape (n, K, G, L, M·C)."""
+        scores = self.own_products(q, rows)
+        scores.view(*scores.shape[:-1], -1, self.rows).add_(self.future_L1C)
+        return scores
+
+    def own_products(self, q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Own rows · q^T, shape (n, K, G, L, M·C)."""
+        n, k, g, mc, width = q.shape
+        return (self._own(rows) @ q.reshape(n * k * g, mc, width).transpose(1, 2)).view(n, k, g, -1, mc)
+
+    def prompt_scores(self, q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Prompt rows · q^T, shape (n, K, P, G·M·C); one product a prompt."""
+        n, k, g, mc, width = q.shape
+        return (self._prompt(rows) @ q.reshape(n * k, g * mc, width).transpose(1, 2)).view(n, k, -1, g * mc)
+
+    def own_mix(self, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """weights^T · own rows, shape (n, K, G, M·C, E)."""
+        n, k, g, length, mc = weights.shape
+        return (weights.reshape(n * k * g, length, mc).transpose(1, 2) @ self._own(rows)).view(n, k, g, mc, -1)
+
+    def prompt_mix(self, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """weights^T · prompt rows, shape (n, K, G, M·C, E)."""
+        n, k, length, gmc = weights.shape
+        mixed = weights.reshape(n * k, length, gmc).transpose(1, 2) @ self._prompt(rows)
+        return mixed.view(n, k, self.query_index.shape[1], -1, mixed.shape[-1])
+
+    def add_own(self, to: torch.Tensor, weights: torch.Tensor, q: torch.Tensor) -> None:
+        """to[own keys] += weights · q."""
+        n, k, g, mc, width = q.shape
+        sums = weights.reshape(n * k * g, -1, mc) @ q.reshape(n * k * g, mc, width)
+        sums = sums.view(n, k, g, -1, width)[..., : to.shape[-1]].permute(0, 2, 3, 1, 4)
+        _add(to, self.key_index, sums)
+
+    def add_prompt(self, to: torch.Tensor, weights: torch.Tensor, q: torch.Tensor) -> None:
+        """to[prompt keys] += weights · q, summed over the completions."""
+        assert self.prompt_index is not None
+        n, k, g, mc, width = q.shape
+        sums = weights.reshape(n * k, -1, g * mc) @ q.reshape(n * k, g * mc, width)
+        _add(to, self.prompt_index, sums.view(n, k, -1, width)[..., : to.shape[-1]].transpose(1, 2))
+
+    def put(self, to: torch.Tensor, blocks: torch.Tensor) -> None:
+        """to[query rows] = blocks, from (n, K, G, M·C, E)."""
+        n, k, g, mc, width = blocks.shape
+        rows = blocks.view(n, k, g, mc // self.rows, self.rows, width).permute(0, 2, 4, 1, 3, 5)
+        to.view(to.shape[0], -1).index_copy_(0, self.query_index.flatten(), rows.reshape(n * g * self.rows, -1))
+
+    def _own(self, rows: torch.Tensor) -> torch.Tensor:
+        n, g, length = self.key_index.shape
+        found = _select(rows, self.key_index).view(n, g, length, *rows.shape[1:])
+        return found.permute(0, 3, 1, 2, 4).reshape(-1, length, rows.shape[-1])
+
+    def _prompt(self, rows: torch.Tensor) -> torch.Tensor:
+        assert self.prompt_index is not None
+        n, length = self.prompt_index.shape
+        found = _select(rows, self.prompt_index).view(n, length, *rows.shape[1:])
+        return found.transpose(1, 2).reshape(-1, length, rows.shape[-1])
 
 
-def combine(weights, prompt, own):
-    """weights @ [prompt; own], shape (n, K, G, M·C, D)."""
-    n, k, g, mc, _ = weights.shape
-    split = 0 if prompt is None else prompt.shape[2]
-    out = weights[..., split:].reshape(n * k * g, mc, -1) @ own.reshape(n * k * g, -1, own.shape[-1])
-    if prompt is not None:
-        shared = weights[..., :split].reshape(n * k, g * mc, split) @ prompt.flatten(0, 1)
-        out = out.add_(shared.view_as(out))
-    return out.view(n, k, g, mc, -1)
+def pieces(layout: GroupLayout, heads: int, dtype: torch.dtype) -> Iterator[Piece]:
+    """The prompts' own attention, then the completions'; no piece has more than about `CHUNK_ELEMENTS` scores."""
+    prompts = layout.prompt_index_NP
+    yield from _cut(prompts[:, None, :], None, heads, dtype)
+    if layout.fed_index_NGC.numel():
+        yield from _cut(layout.fed_index_NGC, prompts, heads, dtype)
 
 
-def _output(q, k_prompt, k_own, v_prompt, v_own, weights):
-    return combine(weights.to(q.dtype), v_prompt, v_own)
+def _cut(own_NGC: torch.Tensor, prompts_NP: torch.Tensor | None, heads: int, dtype: torch.dtype) -> Iterator[Piece]:
+    n, g, c = own_NGC.shape
+    room = CHUNK_ELEMENTS // (heads * (c + (0 if prompts_NP is None else prompts_NP.shape[1])))  # query rows
+    rows = min(c, max(_FEWEST_ROWS, room))
+    completions = min(g, max(1, room // c))
+    prompts = max(1, room // (g * c))
+    place_C = torch.arange(c, device=own_NGC.device)
+    for first in range(0, n, prompts):
+        prompt_index = None if prompts_NP is None else prompts_NP[first : first + prompts]
+        for member in range(0, g, completions):
+            own = own_NGC[first : first + prompts, member : member + completions]
+            for row in range(0, c, rows):
+                end = min(c, row + rows)
+                future = torch.zeros(end, 1, end - row, dtype=dtype, device=own.device)
+                future.masked_fill_(place_C[:end, None, None] > place_C[row:end], float("-inf"))
+                yield Piece(own[:, :, row:end], own[:, :, :end], prompt_index, future)
 
 
-def _transposed(weights, left, prompt):
-    """weights^T @ left: (n, K, P, D) for the prompt's keys, over all completions; (n, K, G, C, D) for the own."""
-    n, k, g, mc, d = left.shape
-    split = 0 if prompt is None else prompt.shape[2]
-    own = weights[..., split:].reshape(n * k * g, mc, -1).transpose(1, 2) @ left.reshape(n * k * g, mc, d)
-    own = own.view(n, k, g, -1, d)
-    if prompt is None:
-        return None, own
-    shared = weights[..., :split].reshape(n * k, g * mc, split).transpose(1, 2) @ left.reshape(n * k, g * mc, d)
-    return shared.view(n, k, split, d), own
+def _widened(rows: torch.Tensor, further: list, scale: float = 1.0) -> torch.Tensor:
+    """Packed rows times `scale` with further columns, and a row of zeros at the end; shape (T + 1, heads, E)."""
+    tokens, heads, size = rows.shape
+    wide = rows.new_empty(tokens + 1, heads, size + len(further))
+    torch.mul(rows, scale, out=wide[:tokens, :, :size])
+    for place, column in enumerate(further):
+        wide[:tokens, :, size + place] = column
+    wide[tokens] = 0.0
+    return wide
 
 
-class _Piece:
-    """Some prompts' queries: either the prompts' own tokens (prefix None) or their completions' tokens."""
-
-    def __init__(self, own_index_nGC, own_length_nG, prompt_index_nP=None, prompt_length_n=None):
-        self.own_index = own_index_nGC
-        self.prompt_index = prompt_index_nP
-        device = own_index_nGC.device
-        place_C = torch.arange(own_index_nGC.shape[2], device=device)
-        self._own_ok = place_C < own_length_nG[..., None]
-        self._own_where = self._own_ok.flatten().nonzero().squeeze(1)
-        self.own_rows = own_index_nGC.flatten()[self._own_where]
-        self._future_CC = place_C[None, :] > place_C[:, None]
-        self._padding = None
-        if prompt_index_nP is not None and prompt_length_n is not None:
-            prompt_ok = torch.arange(prompt_index_nP.shape[1], device=device) < prompt_length_n[:, None]
-            self._prompt_where = prompt_ok.flatten().nonzero().squeeze(1)
-            self.prompt_rows = prompt_index_nP.flatten()[self._prompt_where]
-            self._padding = None if bool(prompt_ok.all()) else ~prompt_ok[:, None, None, None, None, :]
-
-    def unpack(self, query, key, value):
-        """(query, prompt keys, own keys, prompt values, own values), each (n, K, G, …, D)."""
-        prompt = self.prompt_index
-        return (
-            self.unpack_own(query, heads=key.shape[1]),
-            None if prompt is None else key[prompt].transpose(1, 2),
-            key[self.own_index].permute(0, 3, 1, 2, 4),
-            None if prompt is None else value[prompt].transpose(1, 2),
-            value[self.own_index].permute(0, 3, 1, 2, 4),
-        )
-
-    def unpack_own(self, rows_THD, heads):
-        """Packed (T, H, D) to (n, K, G, M·C, D)."""
-        n, g, c = self.own_index.shape
-        blocks = rows_THD[self.own_index].view(n, g, c, heads, -1, rows_THD.shape[-1])
-        return blocks.permute(0, 3, 1, 4, 2, 5).reshape(n, heads, g, -1, rows_THD.shape[-1])
-
-    def unpack_gradient(self, rows_THD, heads):
-        """Like `unpack_own`, with zeros where a query is padding: what stands there came from another row."""
-        blocks = self.unpack_own(rows_THD, heads)
-        n, k, g, _, d = blocks.shape
-        by_place = blocks.view(n, k, g, -1, self._own_ok.shape[2], d)
-        by_place.masked_fill_(~self._own_ok[:, None, :, None, :, None], 0.0)
-        return blocks
-
-    def pack_own(self, blocks):
-        """(n, K, G, M·C, D) to packed (rows, H, D)."""
-        n, g, c = self.own_index.shape
-        heads, size = blocks.shape[1], blocks.shape[-1]
-        flat = blocks.view(n, heads, g, -1, c, size).permute(0, 2, 4, 1, 3, 5).reshape(n * g * c, -1, size)
-        return flat[self._own_where]
-
-    def pack_own_keys(self, blocks):
-        """(n, K, G, C, D) to packed (rows, K, D)."""
-        return blocks.permute(0, 2, 3, 1, 4).flatten(0, 2)[self._own_where]
-
-    def pack_prompt(self, blocks):
-        """(n, K, P, D) to packed (rows, K, D)."""
-        return blocks.transpose(1, 2).flatten(0, 1)[self._prompt_where]
-
-    def probabilities(self, q, k_prompt, k_own, scaling):
-        """Attention weights in fp32, shape (n, K, G, M·C, P + C)."""
-        scores = products(q, k_prompt, k_own).mul_(scaling)
-        n, k, g, mc, length = scores.shape
-        c = self._future_CC.shape[0]
-        by_place = scores.view(n, k, g, mc // c, c, length)
-        by_place[..., length - c :].masked_fill_(self._future_CC, float("-inf"))
-        if self._padding is not None:
-            by_place[..., : length - c].masked_fill_(self._padding, float("-inf"))
-        return scores.softmax(-1)
+def _two_parts(values: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Two numbers of `dtype` whose sum is `values` to twice that precision."""
+    high = values.to(dtype)
+    return [high, (values - high.float()).to(dtype)]
 
 
-def _pieces(batch: GroupLayout, heads: int):
-    n, longest = batch.prompt_index_NP.shape
-    own_index, own_length = batch.prompt_index_NP[:, None, :], batch.prompt_length_N[:, None]
-    step = max(1, CHUNK_ELEMENTS // (heads * longest * longest))
-    for first in range(0, n, step):
-        yield _Piece(own_index[first : first + step], own_length[first : first + step])
-    _, g, c = batch.fed_index_NGC.shape
-    if g * c == 0:
-        return
-    step = max(1, CHUNK_ELEMENTS // (heads * g * c * (longest + c)))
-    for first in range(0, n, step):
-        part = slice(first, first + step)
-        yield _Piece(
-            batch.fed_index_NGC[part],
-            batch.fed_length_NG[part],
-            batch.prompt_index_NP[part],
-            batch.prompt_length_N[part],
-        )
+def _select(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return rows.view(rows.shape[0], -1).index_select(0, index.reshape(-1))
+
+
+def _add(to: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
+    """to[index] += rows. An index that is there twice is padding's, and what comes of it is of no interest."""
+    flat, where = to.view(to.shape[0], -1), index.reshape(-1)
+    flat.index_copy_(0, where, flat.index_select(0, where).add_(rows.reshape(where.numel(), -1)))

@@ -113,21 +113,23 @@ class _FrozenHeadScores(torch.autograd.Function):
         for first in range(0, target_S.numel(), size):
             piece = slice(first, first + size)
             target = target_S[piece, None]
-            logits = F.linear(hidden_SD[piece], head_VD).float()
+            logits = F.linear(hidden_SD[piece], head_VD)
             if temperature != 1.0:
-                logits /= temperature
-            top = logits.amax(-1, keepdim=True)
-            chosen = logits.gather(1, target)
-            weights = (logits - top).exp_()
-            total = weights.sum(-1, keepdim=True)
-            normaliser = total.log() + top
-            logprobs_S[piece] = (chosen - normaliser).squeeze(1)
-            probabilities = weights.div_(total)
-            entropy_S[piece] = normaliser.squeeze(1) - torch.linalg.vecdot(probabilities, logits)
-            if direction_SD is not None:
-                residual = probabilities.neg_()
-                residual.scatter_add_(1, target, torch.ones_like(chosen))
-                direction_SD[piece] = (residual.to(head_VD.dtype) @ head_VD) / temperature
+                logits = logits.float().div_(temperature)
+            log_weights = torch.log_softmax(logits, -1, dtype=torch.float32)
+            chosen = log_weights.gather(1, target)
+            logprobs_S[piece] = chosen.squeeze(1)
+            if direction_SD is None:
+                entropy_S[piece] = torch.linalg.vecdot(log_weights.exp(), log_weights).neg_()
+                continue
+            residual = log_weights.exp_().to(head_VD.dtype)
+            # p - 1 of the target itself, without the rounding that 1 - (1 - p) would suffer
+            residual.scatter_(1, target, torch.expm1(chosen).to(residual.dtype))
+            direction = (residual @ head_VD).neg_()
+            # The expected logit is hidden . (p @ head), and p @ head is the target's row less the direction.
+            expected = torch.linalg.vecdot(direction.float(), hidden_SD[piece].float()).div_(temperature)
+            entropy_S[piece] = expected.sub_(chosen.squeeze(1))
+            direction_SD[piece] = direction / temperature
         ctx.save_for_backward(direction_SD)
         ctx.mark_non_differentiable(entropy_S)
         return logprobs_S, entropy_S

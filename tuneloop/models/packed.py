@@ -25,8 +25,8 @@ class PackedBatch:
     Attributes:
         input_ids_T: packed tokens, prompts first.
         position_ids_T: each token's place in its own sequence.
-        prompt_index_NP: packed row of each prompt token (0 where padded); prompt_length_N tells which are real.
-        fed_index_NGC: packed row of each fed completion token; fed_length_NG tells which are real.
+        prompt_index_NP: packed row of each prompt token (T where padded); prompt_length_N tells which are real.
+        fed_index_NGC: packed row of each fed completion token (T where padded); fed_length_NG tells which are real.
         completion_of_S: which completion each scored token belongs to; scored tokens are in completion order.
         row_S: packed row whose output predicts each scored token.
         target_S: the scored tokens.
@@ -73,11 +73,12 @@ def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> PackedB
     prompt_start_N = prompt_length_N.cumsum(0) - prompt_length_N
     fed_flat = fed_length_NG.flatten()
     fed_start_NG = (prompt_tokens + fed_flat.cumsum(0) - fed_flat).view_as(fed_length_NG)
+    fed_end = prompt_tokens + int(fed_flat.sum())
     place_P = torch.arange(int(prompt_length_N.max()))
     place_C = torch.arange(int(fed_length_NG.max()) if widest else 0)
     prompt_ok_NP = place_P < prompt_length_N[:, None]
     fed_ok_NGC = place_C < fed_length_NG[..., None]
-    fed_index_NGC = torch.where(fed_ok_NGC, fed_start_NG[..., None] + place_C, 0)
+    fed_index_NGC = torch.where(fed_ok_NGC, fed_start_NG[..., None] + place_C, fed_end)
     fed_position_NGC = (prompt_length_N[:, None, None] + place_C).expand_as(fed_index_NGC)
     tokens = [token for prompt in prompts for token in prompt]
     tokens += [token for completion in completions for token in completion[:-1]]
@@ -91,7 +92,7 @@ def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> PackedB
         position_ids_T=torch.cat([place_P.expand_as(prompt_ok_NP)[prompt_ok_NP], fed_position_NGC[fed_ok_NGC]]).to(
             device
         ),
-        prompt_index_NP=torch.where(prompt_ok_NP, prompt_start_N[:, None] + place_P, 0).to(device),
+        prompt_index_NP=torch.where(prompt_ok_NP, prompt_start_N[:, None] + place_P, fed_end).to(device),
         prompt_length_N=prompt_length_N.to(device),
         fed_index_NGC=fed_index_NGC.to(device),
         fed_length_NG=fed_length_NG.to(device),

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tuneloop.models.grouped_attention import combine, products
 from tuneloop.models.packed import PackedBatch
 
 
@@ -58,7 +57,7 @@ class Prefill:
 
     def attend(self, layer, query_THD, key_TKD, value_TKD, scaling):
         """See `AttentionContext`."""
-        index = self.batch.prompt_index_NP
+        index = self.batch.prompt_index_NP.clamp(max=key_TKD.shape[0] - 1)  # what padding holds is hidden in decoding
         self.cache.prompt_keys.append(key_TKD[index].transpose(1, 2).contiguous())
         self.cache.prompt_values.append(value_TKD[index].transpose(1, 2).contiguous())
         return self.batch.attend(layer, query_THD, key_TKD, value_TKD, scaling)
@@ -87,3 +86,20 @@ class Decode:
         weights = scores.softmax(-1).to(query.dtype)
         out = combine(weights, self.cache.prompt_values[layer], own_values[..., so_far, :])
         return out.transpose(1, 2).reshape(n, g, -1, d)[self.prompt_A, self.sample_A]
+
+
+def products(left, prompt, own):
+    """left @ [prompt; own]^T in fp32, shape (n, K, G, M, P + C)."""
+    n, k, g, m, d = left.shape
+    scores = (left.reshape(n * k * g, m, d) @ own.reshape(n * k * g, -1, d).transpose(1, 2)).view(n, k, g, m, -1)
+    shared = (left.reshape(n * k, g * m, d) @ prompt.flatten(0, 1).transpose(1, 2)).view(n, k, g, m, -1)
+    return torch.cat([shared, scores], dim=-1).float()
+
+
+def combine(weights, prompt, own):
+    """weights @ [prompt; own], shape (n, K, G, M, D)."""
+    n, k, g, m, _ = weights.shape
+    split = prompt.shape[2]
+    out = weights[..., split:].reshape(n * k * g, m, -1) @ own.reshape(n * k * g, -1, own.shape[-1])
+    shared = weights[..., :split].reshape(n * k, g * m, split) @ prompt.flatten(0, 1)
+    return out.add_(shared.view_as(out)).view(n, k, g, m, -1)

@@ -26,6 +26,7 @@ from tuneloop.training.settings import RlSettings
 from tuneloop.training.world import World
 
 PROBED_PROMPTS = 8  # prompts on which KL is measured when the objective does not hold the reference
+PROBED_COMPLETIONS = 2  # of each
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _micro_batch(
 @torch.no_grad()
 def probe_kl(model: PreTrainedModel, reference: Reference, groups: Sequence[Group], temperature: float) -> float:
     """Mean log-prob difference (k1, nats a token) of policy and reference on a few of the round's prompts."""
-    batch = pack(groups[:PROBED_PROMPTS], model.device)
+    batch = pack([(prompt, members[:PROBED_COMPLETIONS]) for prompt, members in groups[:PROBED_PROMPTS]], model.device)
     model.eval()
     policy_S = score(model, batch, temperature).logprobs_S
     return float((policy_S - reference.logprobs(batch, temperature)).mean())
