@@ -60,11 +60,20 @@ def _parser(with_registry: bool) -> CommandLine:
 def _add_run(commands: "argparse._SubParsersAction[CommandLine]") -> None:
     run = commands.add_parser("run", help="run the whole pipeline on this machine, or continue a run")
     what = run.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="FILE", help="TOML, or resolved JSON: start a new run")
-    what.add_argument("--resume", metavar="RUN", help="continue a run: its folder, or its name under --output")
+    what.add_argument(
+        "--config", action="append", metavar="FILE",
+        help="TOML, or resolved JSON: start a new run; several train their adapters together, over one base model",
+    )  # fmt: skip
+    what.add_argument(
+        "--resume", action="append", metavar="RUN",
+        help="continue a run: its folder, or its name under --output; several are trained together",
+    )  # fmt: skip
     _add_set(run)
     run.add_argument("--output", default="runs", metavar="FOLDER", help="the folder of all runs (default: runs)")
-    run.add_argument("--run", metavar="NAME", help="name of the new run (default: <config>-<UTC time>-<digest>)")
+    run.add_argument(
+        "--run", action="append", metavar="NAME",
+        help="name of the new run (default: <config>-<UTC time>-<digest>); with several, one for each, in their order",
+    )  # fmt: skip
     run.add_argument(
         "--from", dest="start", choices=STEP_NAMES, metavar="STEP",
         help=f"with --resume: run this step and all later ones again ({', '.join(STEP_NAMES)})",
@@ -77,24 +86,42 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from components.config import load_run_config
-    from pipelines import runs
-
     if arguments.resume:
-        if arguments.run:
-            raise UserError(f"--run {arguments.run}: names a new run, and --resume continues one; drop one of the two")
-        folder = runs.find_run(arguments.resume, arguments.output)
-        with runs.run_lock(folder):
-            config = runs.resume_config(folder, tuple(arguments.set), arguments.start)
-            for path in runs.clear(folder, arguments.start, config):
-                print(f"removed {path}", flush=True)
-            return _run_pipeline(config, folder)
+        return _resume(arguments)
     if arguments.start:
         raise UserError(f"--from {arguments.start}: works on an existing run; add --resume RUN")
-    config = load_run_config(arguments.config, tuple(arguments.set))
-    folder = runs.create_run(config, arguments.output, arguments.run)
-    with runs.run_lock(folder):
-        return _run_pipeline(config, folder)
+    from components.config import load_run_config
+    from pipelines import joint, runs
+
+    configs = [load_run_config(file, tuple(arguments.set)) for file in arguments.config]
+    if arguments.run and len(arguments.run) != len(configs):
+        raise UserError(f"there are {len(configs)} --config and {len(arguments.run)} --run: name all runs, or none")
+    joint.require_joint(configs)
+    with runs.create_runs(configs, arguments.output, arguments.run) as folders:
+        return _run_into(configs, folders)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from pipelines import joint, runs
+
+    if arguments.run:
+        raise UserError(f"--run {arguments.run[0]}: names a new run, and --resume continues one; drop one of the two")
+    folders = [runs.find_run(run, arguments.output) for run in arguments.resume]
+    with runs.run_locks(folders):
+        configs = [runs.resume_config(folder, tuple(arguments.set), arguments.start) for folder in folders]
+        joint.require_joint(configs)
+        for config, folder in zip(configs, folders, strict=True):
+            for path in runs.clear(folder, arguments.start, config):
+                print(f"removed {path}", flush=True)
+        return _run_into(configs, folders)
+
+
+def _run_into(configs, folders: list[Path]) -> int:
+    if len(folders) == 1:
+        return _run_pipeline(configs[0], folders[0])
+    from pipelines.joint import run_jointly
+
+    return run_jointly(list(zip(configs, folders, strict=True)))
 
 
 def _run_pipeline(config, folder: Path) -> int:

@@ -5,13 +5,14 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from components.config import RunConfig
 from components.runner import record_failure
@@ -31,8 +32,11 @@ class StepFailed(TuneloopError):
         self.exit_code = exit_code
 
 
-def run_locally(config: RunConfig, run_folder: Path) -> None:
-    """Run the pipeline into `run_folder`; finished steps found there are not repeated.
+def run_locally(config: RunConfig, run_folder: Path, pipeline: Callable[..., Any] | None = None) -> None:
+    """Run a pipeline into `run_folder`; finished steps found there are not repeated.
+
+    Args:
+        pipeline: takes `config` and `output_uri`; None: the whole DAG.
 
     Raises:
         StepFailed: with the failing step's exit code.
@@ -44,7 +48,7 @@ def run_locally(config: RunConfig, run_folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="tuneloop-", ignore_cleanup_errors=True) as scratch, _Stop() as stop:
         try:
             with _environment(scratch), contextlib.redirect_stdout(log), _quiet(log):
-                _run_pipeline(config, run_folder, scratch)
+                _run_pipeline(config, run_folder, scratch, pipeline)
         except KeyboardInterrupt:
             raise TryAgain("stopped before the next step began") from None
         except RuntimeError as error:
@@ -53,7 +57,32 @@ def run_locally(config: RunConfig, run_folder: Path) -> None:
             raise _failure(run_folder, log, error) from None
 
 
-def _run_pipeline(config: RunConfig, run_folder: Path, scratch: str) -> None:
+def run_command(command: Sequence[str], title: str, run_folders: Sequence[Path]) -> None:
+    """Run `python <command>`, one step of several runs, as the pipeline runs a step of one.
+
+    Args:
+        command: leaves `<step>.failed.json` in the run folders when it fails.
+        title: what it is called in the log.
+
+    Raises:
+        StepFailed, TryAgain: see `run_locally`.
+    """
+    print(f"── {title} {'─' * (76 - len(title))}", flush=True)
+    temporary = tempfile.TemporaryDirectory(prefix="tuneloop-", ignore_cleanup_errors=True)
+    with temporary as scratch, _Stop() as stop, _environment(scratch):
+        code = subprocess.Popen([sys.executable, *command], stderr=subprocess.STDOUT).wait()
+    if code == 0:
+        return
+    if stop.asked:
+        raise TryAgain("stopped; what the running step had saved is kept")
+    for folder in run_folders:
+        if failures := _failures(folder):
+            raise StepFailed(*failures[0])
+    message = f"{title}: was killed, most likely for lack of memory; what it had saved is kept"
+    raise StepFailed(message if code < 0 else f"{title}: failed; its traceback is in the log above", 1)
+
+
+def _run_pipeline(config: RunConfig, run_folder: Path, scratch: str, pipeline: Callable[..., Any] | None) -> None:
     from kfp import local
 
     from pipelines.post_training import post_training
@@ -64,7 +93,7 @@ def _run_pipeline(config: RunConfig, run_folder: Path, scratch: str) -> None:
         workspace_root=f"{scratch}/workspace",
         raise_on_error=True,
     )
-    post_training(config=resolved_json(config), output_uri=str(run_folder.resolve()))
+    (pipeline or post_training)(config=resolved_json(config), output_uri=str(run_folder.resolve()))
 
 
 @contextlib.contextmanager
@@ -94,12 +123,20 @@ def _quiet(log: StepLog) -> Iterator[None]:
         logging.getLogger().removeHandler(handler)
 
 
-def _failure(run_folder: Path, log: StepLog, error: RuntimeError) -> StepFailed:
+def _failures(run_folder: Path) -> list[tuple[str, int]]:
+    """(line, exit code) of every step that left a record of its failure, the earliest first."""
+    found = []
     for file in sorted(run_folder.glob("*.failed.json"), key=lambda path: path.stat().st_mtime):
         failed = json.loads(file.read_text())
         known = failed["exit_code"] in (EXIT_USER_ERROR, EXIT_GATE_REFUSED, EXIT_TRY_AGAIN)
         where = "" if known else " (its traceback is in the log above)"
-        return StepFailed(f"{failed['step']}: {failed['message']}{where}", failed["exit_code"])
+        found.append((f"{failed['step']}: {failed['message']}{where}", failed["exit_code"]))
+    return found
+
+
+def _failure(run_folder: Path, log: StepLog, error: RuntimeError) -> StepFailed:
+    if failures := _failures(run_folder):
+        return StepFailed(*failures[0])
     if killed := log.killed or log.step:
         message = "was killed, most likely for lack of memory; what it had saved is kept"
         record_failure(run_folder, killed, 1, message)

@@ -17,7 +17,7 @@ from components.report.component import report
 from components.sft_warmup.component import sft_warmup
 
 
-def _task(component: Any, **arguments: Any) -> dsl.PipelineTask:
+def without_cache(component: Any, **arguments: Any) -> dsl.PipelineTask:
     """A task without the backend's cache, which looks neither at our code nor behind a URI; steps have their own."""
     return component(**arguments).set_caching_options(False)
 
@@ -45,8 +45,8 @@ def post_training(
         learning_rate: lora_rl.optimizer.learning_rate.
         adapter_name: promote.adapter_name.
     """
-    with dsl.ExitHandler(exit_task=_task(report, output_uri=output_uri), name="post-training"):
-        checked = _task(
+    with dsl.ExitHandler(exit_task=without_cache(report, output_uri=output_uri), name="post-training"):
+        checked = without_cache(
             check,
             config=config,
             base_model=base_model,
@@ -58,11 +58,11 @@ def post_training(
             adapter_name=adapter_name,
         )
         run = {"config": checked.outputs["config"], "output_uri": output_uri}
-        data = _task(data_prep, **run).outputs["Output"]
-        warmup = _task(sft_warmup, data=data, **run).outputs["Output"]
-        training = _task(lora_rl, data=data, warmup=warmup, **run).outputs["Output"]
-        merging = _task(merge_adapter, training=training, data=data, warmup=warmup, **run)
-        evaluation = _task(evaluate, data=data, warmup=warmup, training=training, **run).after(merging)
+        data = without_cache(data_prep, **run).outputs["Output"]
+        warmup = without_cache(sft_warmup, data=data, **run).outputs["Output"]
+        training = without_cache(lora_rl, data=data, warmup=warmup, **run).outputs["Output"]
+        merging = without_cache(merge_adapter, training=training, data=data, warmup=warmup, **run)
+        evaluation = without_cache(evaluate, data=data, warmup=warmup, training=training, **run).after(merging)
         with dsl.If(evaluation.outputs["Output"] == True, name="gate-passed"):  # noqa: E712 - builds a condition
             evidence = {"evaluation": evaluation.outputs["uri"], "data": data, "merge": merging.outputs["Output"]}
-            _task(promote, training=training, **evidence, **run)
+            without_cache(promote, training=training, **evidence, **run)

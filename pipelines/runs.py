@@ -5,7 +5,7 @@ import importlib
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from components.config import RunConfig, load_run_config
@@ -93,6 +93,36 @@ def run_lock(folder: Path) -> Iterator[None]:
     """
     with exclusive_lock(folder / ".lock", holds=str(folder)):
         yield
+
+
+@contextlib.contextmanager
+def run_locks(folders: Sequence[Path]) -> Iterator[None]:
+    """`run_lock` of several folders.
+
+    Raises:
+        UserError: another one is at it, or one folder is named twice.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError(f"{folders[0]}: is named twice; name each run once")
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(run_lock(folder))
+        yield
+
+
+@contextlib.contextmanager
+def create_runs(configs: Sequence[RunConfig], output: str, names: Sequence[str] | None) -> Iterator[list[Path]]:
+    """Make a new run folder for each config, all or none, and hold their locks; see `create_run`."""
+    folders: list[Path] = []
+    try:
+        for number, config in enumerate(configs):
+            folders.append(create_run(config, output, names[number] if names else None))
+    except UserError:
+        for folder in folders:
+            shutil.rmtree(folder)
+        raise
+    with run_locks(folders):
+        yield folders
 
 
 def resume_config(folder: Path, overrides: tuple[str, ...], start: str | None) -> RunConfig:

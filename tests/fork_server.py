@@ -1,12 +1,13 @@
-"""A process that has imported, prepared and loaded everything, and forks trainings that begin at once.
+"""A process that has imported and loaded everything, and forks steps that begin at once.
 
-    python -m tests.fork_server FOLDER CONFIG OVERRIDE...
+    python -m tests.fork_server FOLDER CONFIG
 
-It runs data_prep and sft_warmup into FOLDER, then reads JSON objects, one a line. `{"step": "lora_rl", "output":
-"<name>", "overrides": [...], "slow": ["<phase>", <entry>]}` forks a process that runs the step into FOLDER/<name>, and
-is answered with its process id; the next line, of any content, with its exit status, as `os.waitpid` gives it. What a
-training does at an instant is in FOLDER/mark: how often it has entered each phase, and the running phase's place in
-`PHASES`. The named entry into a phase, if any, takes `SLOW_SECONDS` longer.
+It reads JSON objects, one a line. `{"step": "lora_rl", "parts": [{"overrides": [...], "inputs": {"data": "<name>", …},
+"output": "<name>"}], "slow": ["<phase>", <entry>]}` forks a process that runs the step with CONFIG and these overrides
+into FOLDER/<name>, or, with several parts, their lora_rl together. It is answered with the process id; the next line,
+whatever it is, with the exit status, as `os.waitpid` gives it. What a training does at an instant is in FOLDER/mark:
+how often it has entered each phase, and the running phase's place in `PHASES`. FOLDER/phases gets a line for each phase
+that it leaves. The named entry into a phase, if any, takes `SLOW_SECONDS` longer.
 """
 
 import functools
@@ -14,14 +15,17 @@ import json
 import mmap
 import os
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 PHASES = ("start", "rollout", "score", "update", "sync", "save", "validate", "between")
 SLOW_SECONDS = 30.0
+REPOSITORY = Path(__file__).resolve().parents[1]
 MARK = struct.Struct(f"{len(PHASES) + 1}q")
 
 
@@ -90,43 +94,45 @@ def mark_phases(mark: Mark, log: Path) -> None:
 
 
 def main() -> None:
-    """Prepare, then serve until stdin ends."""
+    """Load, then serve until stdin ends."""
     import torch
 
+    import components.data_prep.step
+    import components.lora_rl.step
+    import components.lora_rl.training
+    import components.sft_warmup.step
     import tuneloop.models.load as loading
     from components.config import load_run_config
-    from components.data_prep.step import STEP as DATA_PREP
-    from components.lora_rl.step import STEP as LORA_RL
+    from components.lora_rl.joint import Part, execute_together
     from components.runner import execute
-    from components.sft_warmup.step import STEP as SFT_WARMUP
     from tuneloop.models.sources import resolve_model
 
     torch.set_num_threads(1)
-    folder, config, overrides = Path(sys.argv[1]), sys.argv[2], tuple(sys.argv[3:])
+    folder, config = Path(sys.argv[1]), sys.argv[2]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-    settings = load_run_config(config, overrides)
-    inputs = {"data": str(folder / "data"), "warmup": str(folder / "warmup")}
-
-    def prepare() -> None:
-        execute(DATA_PREP, settings, {}, inputs["data"])
-        execute(SFT_WARMUP, settings, {"data": inputs["data"]}, inputs["warmup"])
-
-    def train(order: dict[str, Any]) -> None:
-        slow = tuple(order["slow"]) if order["slow"] else None
-        mark = Mark(folder, slow)
-        mark_phases(mark, folder / f"{order['output']}.phases")
-        mark.enter("start")
-        config_of_run = load_run_config(config, (*overrides, *order["overrides"]))
-        step = {"lora_rl": LORA_RL, "sft_warmup": SFT_WARMUP}[order["step"]]
-        execute(step, config_of_run, {name: inputs[name] for name in step.inputs}, str(folder / order["output"]))
-
+    settings = load_run_config(config)
     model = loading.load_model(resolve_model(settings.model.uri), settings.model.dtype)
-    loading.load_model = lambda *_: model  # the children's own copy, since they are forked
-    # Backward passes are for children only: torch's threads do not survive a fork.
-    os.waitpid(forked(prepare), 0)
+    # The children's own copy, since they are forked. Backward passes are theirs: torch's threads do not survive a fork.
+    loading.load_model = components.lora_rl.training.load_model = lambda *_: model
+
+    def run(order: dict[str, Any]) -> None:
+        mark = Mark(folder, tuple(order["slow"]) if order["slow"] else None)
+        mark_phases(mark, folder / "phases")
+        mark.enter("start")
+        parts = []
+        for part in order["parts"]:
+            inputs = {name: str(folder / made) for name, made in part["inputs"].items()}
+            parts.append(Part(load_run_config(config, tuple(part["overrides"])), inputs, str(folder / part["output"])))
+        if len(parts) > 1:
+            execute_together(parts)
+        else:
+            execute(
+                sys.modules[f"components.{order['step']}.step"].STEP, parts[0].config, parts[0].inputs, parts[0].output
+            )
+
     while line := sys.stdin.readline():
-        child = forked(functools.partial(train, json.loads(line)))
+        child = forked(functools.partial(run, json.loads(line)))
         print(child, file=answers, flush=True)
         sys.stdin.readline()  # until then the child's process id is its own, dead or alive
         print(os.waitpid(child, 0)[1], file=answers, flush=True)
@@ -143,6 +149,71 @@ def forked(action: Callable[[], object]) -> int:
         sys.stdout.flush()
         os._exit(code)
     return child
+
+
+@dataclass(frozen=True)
+class Run:
+    """A step to run: its overrides, the names of its inputs, the name of its output."""
+
+    output: str
+    overrides: tuple[str, ...]
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    def into(self, output: str, *overrides: str) -> "Run":
+        """The same with another output and further overrides."""
+        return Run(output, (*self.overrides, *overrides), self.inputs)
+
+
+class Server:
+    """The process, as a test sees it."""
+
+    def __init__(self, folder: Path, config: Path):
+        self.folder = folder
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(folder), str(config)],
+            cwd=REPOSITORY, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self.mark: Mark
+
+    def start(self, *parts: Run, step: str = "lora_rl", slow: tuple[str, int] | None = None) -> int:
+        """Begin a step; returns its process id. The `slow` entry into a phase takes longer than any test waits."""
+        for name in ("mark", "phases"):
+            (self.folder / name).unlink(missing_ok=True)
+        self.mark = Mark(self.folder)
+        return int(self._ask({"step": step, "parts": [asdict(part) for part in parts], "slow": slow}))
+
+    def wait(self) -> int:
+        """The exit status: negative when a signal ended it."""
+        return os.waitstatus_to_exitcode(int(self._ask("wait")))
+
+    def wait_for(self, phase: str, entry: int) -> None:
+        """Until the step enters the phase for that time."""
+        deadline = time.monotonic() + 60
+        while self.mark.entered(phase) < entry:
+            time.sleep(0.0002)
+            assert time.monotonic() < deadline, f"phase {phase} was not entered {entry} times; {self.log()}"
+
+    def run(self, *parts: Run, step: str = "lora_rl") -> list[Path]:
+        """A whole step; returns the outputs."""
+        self.start(*parts, step=step)
+        assert self.wait() == 0, self.log()
+        return [self.folder / part.output for part in parts]
+
+    def log(self) -> str:
+        """The end of what the steps printed."""
+        return (self.folder / "log").read_text()[-3000:]
+
+    def close(self) -> None:
+        """End it."""
+        self._process.communicate()
+
+    def _ask(self, order: object) -> str:
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline()
 
 
 if __name__ == "__main__":
