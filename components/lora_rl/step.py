@@ -107,5 +107,5 @@ STEP = Step(
     run,
     sections=("model", "task", "lora", "lora_rl"),
     resumable=True,
-    indifferent=("lora_rl.distributed", "lora_rl.gradient_checkpointing"),
+    indifferent=("lora_rl.distributed", "lora_rl.gradient_checkpointing", "lora_rl.stop_grace_seconds"),
 )

@@ -93,5 +93,5 @@ STEP = Step(
     run,
     sections=("model", "lora", "sft_warmup"),
     resumable=True,
-    indifferent=("sft_warmup.gradient_checkpointing",),
+    indifferent=("sft_warmup.gradient_checkpointing", "sft_warmup.stop_grace_seconds"),
 )
