@@ -67,6 +67,26 @@ def test_sampling_does_not_depend_on_batching(folder: Path, engine: TorchEngine)
         assert [c.token_ids for c in alone] == [c.token_ids for c in together[place]]
 
 
+def test_prompts_that_wait_join_those_under_way_and_sample_the_same(folder: Path):
+    """Fourteen prompts of different lengths through places for three: they end at different times and are replaced."""
+    engine = TorchEngine(folder, dtype="float32")
+    engine.end_ids |= frozenset(range(100, 140))  # so that completions end early, each at another length
+    with torch.no_grad():
+        for name, parameter in engine.model.named_parameters():
+            if "proj" in name:
+                parameter.mul_(8)  # so that what attention sees matters
+    prompts = [[60 + place % 7] * (1 + place % 5) + [5, 9, place + 20] for place in range(14)]
+    stream = SampleStream(seed=5, round=9)
+    together = generate(engine, prompts, samples=2, sampling=SamplingSettings(), new=48, stream=stream)
+    engine.max_sequences = 6
+    queued = generate(engine, prompts, samples=2, sampling=SamplingSettings(), new=48, stream=stream)
+    assert len({len(completion.token_ids) for group in together for completion in group}) > 5
+    for one, other in zip(queued, together, strict=True):
+        for mine, theirs in zip(one, other, strict=True):
+            assert mine.token_ids == theirs.token_ids
+            assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
 def test_seed_round_prompt_and_sample_all_matter(engine: TorchEngine):
     def tokens(stream: SampleStream) -> list[list[int]]:
         [group] = generate(engine, PROMPTS[:1], samples=2, sampling=SamplingSettings(), stream=stream)

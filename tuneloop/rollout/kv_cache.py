@@ -7,6 +7,7 @@ H query heads, K key/value heads, D head size.
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from tuneloop.models.packed import PackedBatch
 
@@ -28,6 +29,27 @@ class GroupCache:
             store[:] = [tensor[prompts] for tensor in store]
         if self.padding is not None:
             self.padding = self.padding[prompts]
+
+    def join(self, other: "GroupCache") -> None:
+        """Take in the groups of another cache, behind this one's; theirs have no tokens of their own yet."""
+        longest = max(cache.prompt_keys[0].shape[2] for cache in (self, other))
+        self._pad_prompts(longest)
+        other._pad_prompts(longest)
+        if self.own_keys:
+            other.reserve(self.own_keys[0].shape[3])
+        stores = ("prompt_keys", "prompt_values", "own_keys", "own_values")
+        for mine, theirs in ((getattr(self, name), getattr(other, name)) for name in stores):
+            mine[:] = [torch.cat(pair) for pair in zip(mine, theirs, strict=True)]
+        if self.padding is not None and other.padding is not None:
+            self.padding = torch.cat([self.padding, other.padding])
+
+    def _pad_prompts(self, length: int) -> None:
+        n, _, own_length, _ = self.prompt_keys[0].shape
+        if self.padding is None:
+            self.padding = torch.zeros(n, 1, 1, 1, own_length, dtype=torch.bool, device=self.prompt_keys[0].device)
+        self.padding = F.pad(self.padding, (0, length - own_length), value=True)
+        for store in (self.prompt_keys, self.prompt_values):
+            store[:] = [F.pad(tensor, (0, 0, 0, length - own_length)) for tensor in store]
 
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens a completion; room doubles, so copying stays cheap."""
@@ -64,28 +86,46 @@ class Prefill:
 
 
 class Decode:
-    """Attention of one new token of every active sequence, over its prompt and its own tokens."""
+    """Attention of one new token of every active sequence, over its prompt and its own tokens.
 
-    def __init__(self, cache: GroupCache, prompt_A: torch.Tensor, sample_A: torch.Tensor, place: int):
-        self.cache, self.prompt_A, self.sample_A, self.place = cache, prompt_A, sample_A, place
-        cache.reserve(place + 1)
+    Args:
+        row_A, sample_A: which group in the cache, and which of its samples, each sequence is.
+        place_A: the place of the new token among the completion's.
+        place_N: the same for each group in the cache.
+    """
+
+    def __init__(
+        self,
+        cache: GroupCache,
+        row_A: torch.Tensor,
+        sample_A: torch.Tensor,
+        place_A: torch.Tensor,
+        place_N: torch.Tensor,
+    ):
+        self.cache, self.row_A, self.sample_A, self.place_A = cache, row_A, sample_A, place_A
+        self.length = int(place_A.max()) + 1
+        cache.reserve(self.length)
+        future_NC = torch.arange(self.length, device=place_N.device) > place_N[:, None]
+        self.future = future_NC[:, None, None, None, :] if bool(future_NC.any()) else None
 
     def attend(self, layer, query_AHD, key_AKD, value_AKD, scaling):
         """See `AttentionContext`; the packed rows are the active sequences."""
         own_keys, own_values = self.cache.own_keys[layer], self.cache.own_values[layer]
-        own_keys[self.prompt_A, :, self.sample_A, self.place] = key_AKD
-        own_values[self.prompt_A, :, self.sample_A, self.place] = value_AKD
+        own_keys[self.row_A, :, self.sample_A, self.place_A] = key_AKD
+        own_values[self.row_A, :, self.sample_A, self.place_A] = value_AKD
         n, k, g, _, d = own_keys.shape
         query = query_AHD.new_zeros(n, g, query_AHD.shape[1], d)
-        query[self.prompt_A, self.sample_A] = query_AHD
+        query[self.row_A, self.sample_A] = query_AHD
         query = query.view(n, g, k, -1, d).transpose(1, 2)
-        so_far = slice(0, self.place + 1)
-        scores = products(query, self.cache.prompt_keys[layer], own_keys[..., so_far, :]).mul_(scaling)
+        prompt_keys, own_keys = self.cache.prompt_keys[layer], own_keys[..., : self.length, :]
+        scores = products(query, prompt_keys, own_keys).mul_(scaling)
         if self.cache.padding is not None:
             scores[..., : self.cache.padding.shape[-1]].masked_fill_(self.cache.padding, float("-inf"))
+        if self.future is not None:
+            scores[..., prompt_keys.shape[2] :].masked_fill_(self.future, float("-inf"))
         weights = scores.softmax(-1).to(query.dtype)
-        out = combine(weights, self.cache.prompt_values[layer], own_values[..., so_far, :])
-        return out.transpose(1, 2).reshape(n, g, -1, d)[self.prompt_A, self.sample_A]
+        out = combine(weights, self.cache.prompt_values[layer], own_values[..., : self.length, :])
+        return out.transpose(1, 2).reshape(n, g, -1, d)[self.row_A, self.sample_A]
 
 
 def products(left, prompt, own):
