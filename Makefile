@@ -50,10 +50,10 @@ compile: setup ## Compile the pipeline to pipelines/compiled/
 
 golden: compile ## Renew the files that tests compare with
 
-bench: setup ## Run the benchmarks (GSM8K=train.jsonl for data_prep) and save results under benchmarks/results/
-	$(BIN)/python -m benchmarks.merge
-	@if [ -n "$(GSM8K)" ]; then $(BIN)/python -m benchmarks.data_prep --gsm8k "$(GSM8K)"; \
-		else echo "skipped data_prep: name GSM8K's training file, make bench GSM8K=train.jsonl"; fi
+bench: setup ## Run every benchmark (GSM8K=train.jsonl, NAMES="packing engines" for some), save benchmarks/results/
+	$(BIN)/python -c 'import trl' 2>/dev/null \
+		|| $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	GSM8K="$(GSM8K)" $(BIN)/python -m benchmarks $(NAMES)
 
 report: setup ## Make the report of the newest run again (RUN=name for another)
 	$(BIN)/python -m pipelines report $(RUN)
