@@ -20,8 +20,9 @@ _ATTRIBUTE = "tuneloop_sharding"
 class TokenScorer(nn.Module):
     """`token_scores` with a model's output head, as a module: hooks on modules then see when the head is needed."""
 
-    def __init__(self, head: nn.Module):
+    def __init__(self, head: nn.Module | None):
         super().__init__()
+        assert head is not None, "a causal language model has an output head"
         self._head = [head]  # in a list: the head stays the model's own submodule
 
     @property
@@ -38,9 +39,7 @@ class TokenScorer(nn.Module):
         shared_rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies, shape (S,) each; see `token_scores`."""
-        scores = token_scores(
-            hidden_TD, self.weight, row_S, target_S, temperature=temperature, shared_rows=shared_rows
-        )
+        scores = token_scores(hidden_TD, self.weight, row_S, target_S, temperature=temperature, shared_rows=shared_rows)
         return scores.logprobs_S, scores.entropy_S
 
 

@@ -65,7 +65,7 @@ class ZeroAdamW:
         self._heads_norm = 0.0
         if distributed.zero_stage == 3:
             _announce_outside_uses(root)
-            set_sharding(model, _Sharding(root))
+            set_sharding(model, _Sharding(root, self._engine))
 
     def learning_rate(self, update: int) -> float:
         """The rate of optimiser step `update` (from 0)."""
@@ -213,15 +213,28 @@ class _Root(nn.Module):
 class _Sharding:
     """See `tuneloop.models.sharding.Sharding`."""
 
-    def __init__(self, root: _Root):
-        self._root = root
+    def __init__(self, root: _Root, engine: Any):
+        self._root, self._engine = root, engine
         self.scorer = root.scorer
 
     def run(self, forward: Callable[[], T]) -> T:
         """A forward pass inside the root's, whose hooks begin a new round of gathering."""
         results: list[T] = []
         self._root(lambda: results.append(forward()))
+        if not torch.is_grad_enabled():
+            self._release()
         return results[0]
+
+    def _release(self) -> None:
+        """Spread what was put together, or is on its way, for the backward pass that does not follow."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        parameters: list[Any] = list(self._root.parameters())
+        self._engine.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
+        for parameter in parameters:
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE and not parameter.ds_persist:
+                parameter.ds_active_sub_modules.clear()
+                parameter.partition()
 
 
 def _announce_outside_uses(root: _Root) -> None:
@@ -258,7 +271,11 @@ def _engine(root: _Root, parameters: list[nn.Parameter], inner: _ClippedAdamW, s
         "zero_optimization": _zero_config(settings, elements),
     }
     engine, *_ = deepspeed.initialize(
-        model=root, model_parameters=parameters, optimizer=inner, config=config, dist_init_required=False
+        model=root,
+        model_parameters=parameters,  # pyright: ignore[reportArgumentType]  its annotation is wrong
+        optimizer=inner,
+        config=config,
+        dist_init_required=False,
     )
     return engine
 
