@@ -163,6 +163,16 @@ def test_samples_depend_on_their_stream_alone(engine: VllmEngine):
         assert tokens(generate(engine, PROMPTS[:1], samples=4, sampling=SAMPLED, stream=other))[0] != together[0]
 
 
+def test_prompts_of_more_tokens_than_a_step_takes(engine: VllmEngine):
+    """vLLM would prefill one of them in two steps, and cannot set its generator back on a CPU."""
+    engine.sync(None)
+    prompts = [list(range(10 + n, 160)) for n in range(60)]
+    assert sum(map(len, prompts)) > 4096
+    made = tokens(generate(engine, prompts, samples=2, sampling=SAMPLED, new=3))
+    alone = SampleStream(seed=11, round=2, prompt_indices=[59])
+    assert tokens(generate(engine, prompts[59:], samples=2, sampling=SAMPLED, new=3, stream=alone)) == made[59:]
+
+
 def test_samples_follow_the_distribution(engine: VllmEngine, reference: TorchEngine):
     """First tokens of 2,000 samples against the probabilities that the engine reports."""
     engine.sync(None)

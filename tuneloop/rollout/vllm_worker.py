@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 MERGING = "tuneloop.rollout.vllm_merge.Merging"  # what vLLM's own worker processes learn
 CPU_BLOCK_TOKENS = 32  # of the KV cache: what a group shares is whole blocks, and vLLM's default on a CPU is 128
 
+CPU_STEP_TOKENS = 4096  # of all prompts that are prefilled together
+
 
 class Refused(Exception):
     """The request cannot be served, and never will be."""
@@ -197,7 +199,12 @@ def _start_vllm(options: dict[str, Any]) -> "LLM":
     from vllm import LLM  # pyright: ignore[reportMissingImports]
 
     on_cpu = not _has_accelerator()
-    given: dict[str, Any] = {"block_size": CPU_BLOCK_TOKENS} if on_cpu else {}
+    given: dict[str, Any] = {}
+    if on_cpu:
+        given["block_size"] = CPU_BLOCK_TOKENS
+        # A prompt that is prefilled in two steps has its generator set back, which vLLM cannot do on a CPU.
+        given["enable_chunked_prefill"] = False
+        given["max_num_batched_tokens"] = max(CPU_STEP_TOKENS, options["max_length"] + 1)
     if options["kv_cache_bytes"]:
         given["kv_cache_memory_bytes"] = options["kv_cache_bytes"]
     if options["max_rank"]:
