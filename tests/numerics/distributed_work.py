@@ -117,13 +117,15 @@ def _run_case(case: str, folder: Path, world: World) -> dict[str, float | list[f
     trained, optimizer = _several(case, world)
     facts: dict[str, float | list[float] | str] = {"norms": trained.train(optimizer, mine, STEPS)}
     _save(optimizer, folder / f"{case}.safetensors", world)
+    _logprob(trained.model)
+    facts["whole_elements"] = sum(p.numel() for p in trained.model.parameters())
     METER.reset()
     adapter = extract(trained.layers, {})
     facts |= {"layered_peak": METER.peak, "digest": adapter.digest(), "logprob": _logprob(trained.model)}
     METER.reset()
     assert extract(trained.layers, {}, layered=False).digest() == adapter.digest()
     facts["whole_peak"] = METER.peak
-    facts["spread_elements"] = sum(p.numel() for p in trained.model.parameters())
+    facts["resumed_to_the_bit"] = _resumes_to_the_bit(trained, optimizer, mine, folder / f"{case}.safetensors")
     facts["refused"] = _refused(trained, optimizer, mine)
     _save(optimizer, folder / f"{case}.refused.safetensors", world)
     optimizer.load_state(load_file(folder / f"{case}.one.safetensors"))
@@ -131,6 +133,19 @@ def _run_case(case: str, folder: Path, world: World) -> dict[str, float | list[f
     _save(optimizer, folder / f"{case}.later.safetensors", world)
     optimizer.release()
     return facts
+
+
+def _resumes_to_the_bit(trained: Trained, optimizer: Optimizer, mine: Sequence[Sequence[Group]], path: Path) -> float:
+    """Whether going on from the saved state, twice, ends at equal states; 1.0 in the processes that hold none."""
+    ends = []
+    for load in (False, True, True):
+        if load:
+            torch.distributed.barrier()  # the first process has written it
+            optimizer.load_state(load_file(path))
+        trained.train(optimizer, mine, LATER_STEPS)
+        ends.append(optimizer.state())
+    optimizer.load_state(load_file(path))
+    return float(all(torch.equal(end[name], ends[0][name]) for end in ends for name in ends[0]))
 
 
 def _logprob(model: PreTrainedModel) -> float:

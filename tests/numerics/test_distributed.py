@@ -1,7 +1,8 @@
 """Two processes give one process's result: ZeRO 1, 2 and 3 on the tiny model, over gloo.
 
-float32: sums in another order, so tolerances of 1e-6 at masters of about 0.1. bfloat16: gradients of two halves are
-rounded before they are added, as micro-batches' are in one process; masters and moments are fp32 in both.
+float32: sums are made in another order, so masters of about 0.1 may differ by 2e-6 (measured: 1.5e-7). bfloat16: the
+first step's norm to 1e-5; then factors that round to another bfloat16 set the two apart, here by 5e-5 on average and
+3e-3 at most after two steps at a learning rate of 0.01, by the same in all three stages.
 """
 
 from pathlib import Path
@@ -30,12 +31,12 @@ def runs(tmp_path_factory):
     alone = {}
     for case in CASES:
         trained, optimizer = one_process(case)
-        norms = trained.train(optimizer, batches(), STEPS)
+        first_norms = trained.train(optimizer, batches(), STEPS)
         state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
         save_file(state, folder / f"{case}.one.safetensors")
         later = trained.train(optimizer, batches(), LATER_STEPS)
         alone[case] = {
-            "norms": norms,
+            "norms": first_norms,
             "state": state,
             "later_norms": later,
             "later": optimizer.state(),
@@ -45,27 +46,43 @@ def runs(tmp_path_factory):
     return folder, [outcome.summary for outcome in outcomes], alone
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_close(case: str, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found["adam_step"] == expected["adam_step"]
     assert found["updates"] == expected["updates"]
+    if is_coarse(case):
+        for name, largest, mean in (("master", 1e-2, 2e-4), ("exp_avg", 2e-3, 5e-5)):
+            difference = (found[name] - expected[name]).abs()
+            assert difference.max() < largest
+            assert difference.mean() < mean
+        return
     torch.testing.assert_close(found["master"], expected["master"], rtol=0, atol=2e-6)
     torch.testing.assert_close(found["exp_avg"], expected["exp_avg"], rtol=0, atol=1e-6)
     torch.testing.assert_close(found["exp_avg_sq"], expected["exp_avg_sq"], rtol=1e-3, atol=1e-9)
 
 
+def is_coarse(case: str) -> bool:
+    """A master that differs by 1e-8 may round to the other bfloat16, 2^-8 of it away, and then gradients differ."""
+    return CASES[case][0] == "bfloat16"
+
+
+def norms(case: str, values: list[float]):
+    return pytest.approx(values, rel=5e-3 if is_coarse(case) else 1e-5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_what_one_does(runs, case: str):
     folder, facts, alone = runs
-    assert facts[0][case]["norms"] == pytest.approx(alone[case]["norms"], rel=1e-5)
+    assert facts[0][case]["norms"] == norms(case, alone[case]["norms"])
+    assert facts[0][case]["norms"][0] == pytest.approx(alone[case]["norms"][0], rel=1e-5)
     assert facts[1][case]["norms"] == facts[0][case]["norms"]
-    assert_close(load_file(folder / f"{case}.safetensors"), alone[case]["state"])
+    assert_close(case, load_file(folder / f"{case}.safetensors"), alone[case]["state"])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_checkpoint_of_one_process_resumes_on_two(runs, case: str):
     folder, facts, alone = runs
-    assert facts[0][case]["later_norms"] == pytest.approx(alone[case]["later_norms"], rel=1e-5)
-    assert_close(load_file(folder / f"{case}.later.safetensors"), alone[case]["later"])
+    assert facts[0][case]["later_norms"] == norms(case, alone[case]["later_norms"])
+    assert_close(case, load_file(folder / f"{case}.later.safetensors"), alone[case]["later"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -73,8 +90,14 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(runs, case: str):
     folder, _, alone = runs
     trained, optimizer = one_process(case)
     optimizer.load_state(load_file(folder / f"{case}.safetensors"))
-    assert trained.train(optimizer, batches(), LATER_STEPS) == pytest.approx(alone[case]["later_norms"], rel=1e-5)
-    assert_close(optimizer.state(), alone[case]["later"])
+    assert trained.train(optimizer, batches(), LATER_STEPS) == norms(case, alone[case]["later_norms"])
+    assert_close(case, optimizer.state(), alone[case]["later"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_of_two_processes_resumes_on_two_to_the_bit(runs, case: str):
+    _, facts, _ = runs
+    assert facts[0][case]["resumed_to_the_bit"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -97,7 +120,7 @@ def test_stage_3_spreads_the_model_and_puts_one_module_of_the_adapter_together_a
     _, facts, alone = runs
     for process in facts:
         case, peaks = process["stage3-float32"], alone["stage3-float32"]["peaks"]
-        assert case["spread_elements"] == 0
+        assert case["whole_elements"] == 0
         assert case["layered_peak"] == max(peaks)
         assert case["whole_peak"] == sum(peaks)
         assert process["stage2-float32"]["layered_peak"] == 0
