@@ -165,7 +165,7 @@ def held_bytes(learner: Any) -> int:
     seen: dict[int, Any] = {}  # the objects too: an id is free again when its object goes
 
     def visit(value: Any, depth: int = 0) -> None:
-        if id(value) in seen or depth > 6:
+        if id(value) in seen or depth > 12:
             return
         seen[id(value)] = value
         if isinstance(value, torch.Tensor):

@@ -102,7 +102,7 @@ def attention_pairs(batch) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    width = 8
+    width = 64  # wide enough that a column which some product carries along does not count
     heads = torch.zeros(batch.input_ids_T.numel(), 1, width)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         batch.attend(0, heads, heads, heads, 1.0)
