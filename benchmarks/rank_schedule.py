@@ -1,6 +1,6 @@
 """Changing ranks against fixed ones on the ci task: final accuracy, and the adapter's parameters, over several seeds.
 
-    python benchmarks/rank_schedule.py
+    python -m benchmarks.rank_schedule
 
 Every arm runs the same updates on the same data; a seed's arms that start at the same rank share one warm-up. Accuracy
 is greedy, on all validation prompts, after the last update.
@@ -12,14 +12,18 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import REPOSITORY, Row, save
+
 CONFIG = REPOSITORY / "configs" / "ci.toml"
+UPDATES = 60  # the ci config's
 
 
 @dataclass(frozen=True)
@@ -43,24 +47,43 @@ ARMS = (
 
 
 def main() -> None:
-    """Run every arm for every seed, print the table, save."""
+    """Run every arm for every seed, print the table, save; what is finished is saved after each seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--hardware", default="2-core-avx512", help="part of the result's file name")
+    parser.add_argument("--updates", type=int, default=UPDATES, help="of RL")
+    parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], metavar="NAME")
     arguments = parser.parse_args()
-    path = REPOSITORY / "benchmarks" / "results" / f"{date.today()}-{arguments.hardware}-rank_schedule.json"
+    arms = [arm for arm in ARMS if arm.name in arguments.arms]
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in range(1, arguments.seeds + 1):
-            runs += run_seed(Path(scratch), seed)
-            rows = [summary(arm, [run for run in runs if run["arm"] == arm.name]) for arm in ARMS]
-            result = {"hardware": arguments.hardware, "config": "configs/ci.toml", "seeds": seed, "arms": rows}
-            path.write_text(json.dumps({**result, "runs": runs}, indent=2) + "\n")
-            print_table(rows)
-    print(f"saved {path.relative_to(REPOSITORY)}")
+            runs += run_seed(Path(scratch), seed, arms, arguments.updates)
+            publish(runs, arms, arguments.updates)
 
 
-def run_seed(scratch: Path, seed: int) -> list[dict[str, Any]]:
+def publish(runs: list[dict[str, Any]], arms: Sequence[Arm], updates: int) -> None:
+    """Print the tables and save what was measured so far."""
+    summaries = [summary(arm, [run for run in runs if run["arm"] == arm.name]) for arm in arms]
+    print_table(summaries)
+    seeds = len({run["seed"] for run in runs})
+    details = {"config": "configs/ci.toml", "updates": updates, "seeds": seeds, "arms": summaries, "runs": runs}
+    name = "rank_schedule" if updates == UPDATES else f"rank_schedule_{updates}"
+    save(name, [compared(row, summaries[0], updates) for row in summaries[1:]], details)
+
+
+def compared(row: dict[str, Any], fixed: dict[str, Any], updates: int) -> Row:
+    """An arm's accuracy against the first arm's."""
+    share = row["parameters_last"] / fixed["parameters_last"]
+    return Row(
+        f"accuracy after {updates} updates, ranks {row['arm']}, {share:.0%} of the parameters",
+        f"{row['accuracy']:.1%}",
+        f"{fixed['accuracy']:.1%} ({fixed['arm']})",
+        row["accuracy"] / fixed["accuracy"],
+        "1: asked for",
+    )
+
+
+def run_seed(scratch: Path, seed: int, arms: Sequence[Arm], updates: int) -> list[dict[str, Any]]:
     """All arms with one seed."""
     from components.data_prep.step import STEP as DATA_PREP
     from components.sft_warmup.step import STEP as SFT_WARMUP
@@ -68,13 +91,20 @@ def run_seed(scratch: Path, seed: int) -> list[dict[str, Any]]:
     data = execute_step(DATA_PREP, {}, scratch / "data", ())
     warmups: dict[int, Path] = {}
     runs = []
-    for arm in ARMS:
+    for arm in arms:
         settings = (f"seed={seed}", f"lora.rank={arm.rank}")
         if arm.rank not in warmups:
             folder = scratch / f"warmup-{seed}-{arm.rank}"
             warmups[arm.rank] = execute_step(SFT_WARMUP, {"data": data}, folder, settings)
-        runs.append(run_arm(arm, seed, data, warmups[arm.rank], scratch / f"rl-{seed}-{ARMS.index(arm)}", settings))
+        folder = scratch / f"rl-{seed}-{ARMS.index(arm)}"
+        runs.append(run_arm(arm, seed, data, warmups[arm.rank], folder, (*settings, *length(updates))))
     return runs
+
+
+def length(updates: int) -> tuple[str, ...]:
+    """So many updates, validated on everything behind the last."""
+    sections = {"updates": updates, "validate_every": updates, "checkpoint_every": updates}
+    return (*(f"lora_rl.{key}={value}" for key, value in sections.items()), "lora_rl.validation_prompts=100000")
 
 
 def run_arm(arm: Arm, seed: int, data: Path, warmup: Path, folder: Path, settings: tuple[str, ...]) -> dict[str, Any]:
@@ -82,10 +112,9 @@ def run_arm(arm: Arm, seed: int, data: Path, warmup: Path, folder: Path, setting
     from components.lora_rl.step import STEP as LORA_RL
     from tuneloop.models.adapter_io import load_adapter
 
-    everything = ("lora_rl.validate_every=60", "lora_rl.validation_prompts=100000", "lora_rl.checkpoint_every=60")
     schedule = f"lora_rl.rank_schedule={arm.schedule}"
     started = time.perf_counter()
-    execute_step(LORA_RL, {"data": data, "warmup": warmup}, folder, (*settings, *everything, schedule))
+    execute_step(LORA_RL, {"data": data, "warmup": warmup}, folder, (*settings, schedule))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     sizes = {
         name: adapter_size(load_adapter(place / "adapter")) for name, place in (("first", warmup), ("last", folder))
