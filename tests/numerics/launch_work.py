@@ -26,8 +26,15 @@ def work(how: str) -> dict:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "hangs" and world.rank == 1:
         time.sleep(600)
+    if how == "deaf":  # the second process has not come to install its handlers
+        world.any(False)
+        if world.rank == 1:
+            time.sleep(600)
+        print("waiting", flush=True)
+        world.any(False)
     if how == "stopped":
         with stop_on_signals(), StopRequest() as stop:
+            world.any(False)  # both listen
             print("waiting", flush=True)
             while not world.any(stop.requested):
                 time.sleep(0.05)

@@ -82,8 +82,19 @@ def test_sigterm_stops_all_of_them_together():
             break
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (75, "error: stopped after update 7\n")
+
+
+def test_sigterm_before_they_listen_stops_them_too():
+    process = parent("deaf")
+    assert process.stdout
+    for line in process.stdout:
+        if line == "waiting\n":
+            break
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert error == "error: stopped after update 7\n"
+    assert error.startswith("error: stopped before all processes were there; ")
 
 
 def test_children_die_with_a_killed_parent():

@@ -32,6 +32,8 @@ from tuneloop.training.settings import DistributedSettings
 
 OUTCOMES = "TUNELOOP_OUTCOMES"  # names the folder of the outcomes in a child's environment
 _KILLED = "killed"  # a file there: the signals that ended children, by rank
+# What children that were asked to stop say of themselves; one that had not got as far as to listen makes others fail.
+_OF_STOPPING = (EXIT_OK, EXIT_USER_ERROR, EXIT_TRY_AGAIN)
 _SECONDS_TO_LEAVE = 10  # beyond the grace: for saving and for leaving the group
 _PR_SET_PDEATHSIG = 1
 
@@ -106,19 +108,26 @@ def run_processes(command: Sequence[str], count: int, grace_seconds: float) -> l
         launcher = [sys.executable, "-m", __name__, str(count), str(int(grace_seconds) + _SECONDS_TO_LEAVE), *command]
         # In a session of its own: a terminal's Ctrl-C reaches the step alone, which passes it on.
         process = subprocess.Popen(launcher, env=_environment(count, folder), start_new_session=True)
-        _wait(process)
+        stopped = _wait(process)
         found = [Outcome(**json.loads(path.read_text())) for path in Path(folder).glob("*.json")]
         killed = Path(folder) / _KILLED
         signals = json.loads(killed.read_text()) if killed.exists() else {}
-    return _judged(sorted(found, key=lambda outcome: outcome.rank), signals, count)
+    outcomes = sorted(found, key=lambda outcome: outcome.rank)
+    if stopped:
+        outcomes = [outcome for outcome in outcomes if outcome.exit_code in _OF_STOPPING]
+    return _judged(outcomes, {} if stopped else signals, count)
 
 
-def _wait(process: subprocess.Popen) -> None:
-    """Wait for the launcher; a request to stop is passed on once, and a later one ends the children at once."""
+def _wait(process: subprocess.Popen) -> bool:
+    """Wait for the launcher; a request to stop is passed on once, and a later one ends the children at once.
+
+    Returns:
+        Whether there was such a request.
+    """
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             process.wait()
-            return
+            return number == signal.SIGKILL
         except TryAgain:  # out of the step's signal handler
             process.send_signal(number)
         except BaseException:
@@ -126,6 +135,7 @@ def _wait(process: subprocess.Popen) -> None:
             process.wait()
             raise
     process.wait()
+    return True
 
 
 def _environment(count: int, folder: str) -> dict[str, str]:
@@ -153,7 +163,7 @@ def _judged(outcomes: list[Outcome], signals: Mapping[str, int], count: int) -> 
     if failed:
         raise TryAgain(failed[0].message)
     if len(outcomes) < count:
-        raise TryAgain("stopped before all processes could save; the same command continues from the newest checkpoint")
+        raise TryAgain("stopped before all processes were there; the same command continues from the newest checkpoint")
     return outcomes
 
 
