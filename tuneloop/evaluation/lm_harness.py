@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuneloop.errors import UserError
+from tuneloop.errors import TryAgain, UserError
 from tuneloop.evaluation.settings import HarnessSettings
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class Harness:
 
     Raises:
         UserError: see `task_manager`; or a task's data cannot be had, or it would run code that a model wrote.
+        TryAgain: the host of a task's data cannot be reached.
     """
 
     def __init__(self, settings: HarnessSettings, seed: int, contenders: "Sequence[Contender]"):
@@ -102,6 +103,8 @@ class Harness:
     def _load(self) -> Any:
         try:
             return self._manager.load(list(self._settings.tasks))
+        except (ConnectionError, TimeoutError) as error:
+            raise TryAgain(f"evaluate.harness: a task's data cannot be fetched now ({error})") from None
         except Exception as error:  # data sets, their scripts and their hosts fail in many ways; all are the task's
             line = " ".join(f"{type(error).__name__}: {error}".split())[:400]
             raise UserError(f"evaluate.harness.tasks: a task or its data cannot be loaded ({line})") from error
