@@ -125,7 +125,7 @@ def run_arm(arm: Arm, seed: int, data: Path, warmup: Path, folder: Path, setting
         "seed": seed,
         "accuracy_first": rows[0]["validation/accuracy"],
         "accuracy_last": rows[-1]["validation/accuracy"],
-        "reward_last_ten": statistics.fmean(row["reward/mean"] for row in rows[-10:]),
+        "reward_last_ten": statistics.fmean(row["reward/mean"] for row in rows[1:][-10:]),
         "parameters_last": sizes["last"],
         "parameters_mean": statistics.fmean(during),
         "ranks_last": sorted(a.shape[0] for a, _ in load_adapter(folder / "adapter").factors.values()),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from components.lora_rl.training import CANARY_TOLERANCES
 from tuneloop.data.chat import render_completion, render_prompt
 from tuneloop.data.schema import Example
 from tuneloop.models.load import load_model, load_tokenizer
@@ -56,9 +57,10 @@ def rl_trainer(
     scorer = build_scorer((RewardSettings(kind="format", pattern=r"(?s).*[aeiou].*"),))
     engine = TorchEngine.sharing(policy.model, tokenizer)
     canaries = [Canary(render_prompt(tokenizer, e.messages), render_completion(tokenizer, "7")) for e in EXAMPLES[:2]]
+    tolerance = CANARY_TOLERANCES[str(policy.model.dtype).removeprefix("torch.")]
     if isinstance(policy, FullPolicy):
-        sync: WeightSync = SharedWeights(engine, policy.model, canaries, 1e-3)
+        sync: WeightSync = SharedWeights(engine, policy.model, canaries, tolerance)
     else:
-        sync = WeightSync(engine, policy.model, policy.layers, policy.adapter_config, canaries, 1e-3)
+        sync = WeightSync(engine, policy.model, policy.layers, policy.adapter_config, canaries, tolerance)
     task = RlTask(tokenizer, scorer, EXAMPLES[4:], EXAMPLES[:4], max_new_tokens=4)
     return RlTrainer(policy, sync, task, RlSettings(**{**values, **settings}), seed=3, folder=folder)
