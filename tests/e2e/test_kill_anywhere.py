@@ -23,8 +23,10 @@ from tuneloop.models.adapter_io import load_adapter
 CONFIG = REPOSITORY / "configs" / "ci.toml"
 KILLS, UPDATES = 25, 6
 KILLED_IN = ("rollout", "update", "sync", "save")
+# A reward that a random model sometimes earns, so that every update has something to learn from.
 OVERRIDES = (
-    f"lora_rl.updates={UPDATES}", "lora_rl.prompts_per_update=8", "lora_rl.group_size=4",
+    'task.rewards=[{kind="exact"}, {kind="format", pattern="[0-9].*", weight=0.3}]',
+    f"lora_rl.updates={UPDATES}", "lora_rl.prompts_per_update=8", "lora_rl.group_size=8",
     "lora_rl.validation_prompts=8", "lora_rl.validate_every=2", "sft_warmup.updates=4",
 )  # fmt: skip
 CLOCK_AND_MEMORY = ("time", "seconds/", "tokens_per_second/", "memory/")  # columns that differ from run to run
@@ -60,6 +62,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(server: Server) -> Whole:
     [folder] = server.run(RL)
+    assert [row.get("update/steps") for row in numbers(folder)] == [None, *[2.0] * UPDATES]
     lines = (server.folder / "phases").read_text().splitlines()
     return Whole(folder, [tuple(json.loads(line)) for line in lines])
 
