@@ -20,11 +20,12 @@ from tuneloop.models.adapter_io import load_adapter
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install 'tuneloop[deepspeed]'")
 
-UPDATES = 24
+UPDATES = 12
+# Three groups a minibatch and one a pass: one of two processes has two passes, the other one and an empty one.
 OVERRIDES = (
     f"lora_rl.updates={UPDATES}", "lora_rl.prompts_per_update=6", "lora_rl.group_size=4",
-    "lora_rl.algorithm.minibatches=2", "lora_rl.algorithm.kl_coefficient=0.01", "lora_rl.micro_batch_tokens=250",
-    "lora_rl.validate_every=12", 'task.rewards=[{kind="format", pattern="[^a-m]*"}]',
+    "lora_rl.algorithm.minibatches=2", "lora_rl.algorithm.kl_coefficient=0.01", "lora_rl.micro_batch_tokens=60",
+    "lora_rl.validate_every=6", 'task.rewards=[{kind="format", pattern="[^a-m]*"}]',
 )  # fmt: skip
 TWO = "lora_rl.distributed.processes=2"
 SPREAD = (TWO, "lora_rl.distributed.zero_stage=3", "lora_rl.distributed.whole_below=0")
@@ -55,7 +56,7 @@ def stopped_after(folder: Path, inputs: dict[str, str], rows: int, *overrides: s
     while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < rows):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 75, error
     return error
 
@@ -67,10 +68,10 @@ def rows(folder: Path) -> list[dict]:
 def test_any_number_of_processes_continues_to_the_same_adapter(inputs: dict[str, str], tmp_path: Path):
     alone = tmp_path / "alone"
     execute(LORA_RL, tiny_config(*OVERRIDES), inputs, str(alone))
-    assert "stopped after update" in stopped_after(tmp_path, inputs, 4, *SPREAD)
-    assert "stopped after update" in stopped_after(tmp_path, inputs, 9)
+    assert "stopped after update" in stopped_after(tmp_path, inputs, 3, *SPREAD)
+    assert "stopped after update" in stopped_after(tmp_path, inputs, 6)
     process = start(tmp_path, inputs, TWO, "lora_rl.gradient_checkpointing=true")
-    output, error = process.communicate(timeout=200)
+    output, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert "continuing from the checkpoint of update" in output
     together = tmp_path / "lora_rl"
@@ -81,7 +82,7 @@ def test_any_number_of_processes_continues_to_the_same_adapter(inputs: dict[str,
         for mine, theirs, start_value in zip(found.factors[name], factors, before.factors[name], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-6)
             moved = max(moved, float((theirs - start_value).abs().max()))
-    assert moved > 1e-3
+    assert moved > 5e-4
     ours, theirs = (rows(folder) for folder in (together, alone))
     assert [row["update"] for row in ours] == list(range(UPDATES + 1))
     for mine, reference in zip(ours, theirs, strict=True):
