@@ -54,6 +54,8 @@ class ZeroAdamW:
         own = set(model.parameters())
         inside = [parameter for parameter in self._parameters.values() if parameter in own]
         outside = [(name, parameter) for name, parameter in self._parameters.items() if parameter not in own]
+        for _, parameter in outside:  # a model that is to be spread waits in host memory, and they beside it
+            parameter.data = parameter.data.to(self._device)
         self._sizes = {name: parameter.numel() for name, parameter in self._parameters.items()}
         self._replicated = MasterAdamW(outside, settings, total_updates) if outside else None
         self._outside = [name for name, _ in outside]
