@@ -260,8 +260,6 @@ def test_evaluation_holds_the_tasks_and_the_gate_guards_them(trained, tmp_path, 
 
 
 def test_a_guard_on_what_no_task_measures(trained, tmp_path, tasks):
-    with pytest.raises(
-        UserError, match="byte_perplexity' is not measured by its task, or better when lower"
-    ):
+    with pytest.raises(UserError, match="byte_perplexity' is not measured by its task, or better when lower"):
         evaluate(trained, tmp_path, tasks, "evaluate.gate.guards=[{metric='digits_text/byte_perplexity'}]")
     assert not (tmp_path / "evaluate").exists()
