@@ -111,6 +111,7 @@ def load_base(members: Sequence[Member]) -> Base:
         sampling=settings.sampling,
         log=first.output / "engine.log",
         max_adapters=len(members),
+        adapted={name for member in members for name in member.warmup.adapter.factors},
         world=world,
         shares_weights=not is_spread,
     )

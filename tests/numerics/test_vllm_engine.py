@@ -323,7 +323,7 @@ def test_merged_sync_and_other_temperatures(base: Path, tmp_path: Path, referenc
 
 
 def test_what_vllm_refuses_to_start_with_is_one_line(tmp_path: Path):
-    options = VllmOptions(str(tmp_path), "float32", 64, 8, 1, 8, (2,), kv_cache_bytes=10_000_000)
+    options = VllmOptions(str(tmp_path), "float32", 64, 8, 1, ("q_proj",), 8, (2,), kv_cache_bytes=10_000_000)
     with pytest.raises(UserError, match="vLLM does not start like this: ") as refused:
         VllmEngine(options, tmp_path / "engine.log")
     assert "\n" not in str(refused.value)

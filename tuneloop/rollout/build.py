@@ -1,10 +1,13 @@
 """Which engine a config asks for."""
 
 import os
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tuneloop.data.chat import end_of_turn_id
@@ -17,6 +20,9 @@ from tuneloop.rollout.shared_memory import model_in_memory
 from tuneloop.rollout.torch_engine import TorchEngine, end_token_ids
 from tuneloop.settings import SamplingSettings
 from tuneloop.training.world import World
+
+if TYPE_CHECKING:
+    from tuneloop.rollout.vllm_engine import VllmOptions
 
 CPU_KV_CACHE_BYTES = 4 << 30  # the most that is planned on a CPU, where vLLM cannot take what is left
 
@@ -33,6 +39,7 @@ def build_engine(
     sampling: SamplingSettings,
     log: Path,
     max_adapters: int = 1,
+    adapted: Collection[str] | None = None,
     world: World | None = None,
     shares_weights: bool = True,
 ) -> RolloutEngine:
@@ -46,6 +53,7 @@ def build_engine(
         sampling: of the rollouts.
         log: where vLLM's output goes.
         max_adapters: names that are held at once.
+        adapted: the modules that any adapter changes; None: every linear layer but the output head.
         world: the processes that train together.
         shares_weights: False when the model's weights are spread over them, so that the engine needs its own.
 
@@ -56,53 +64,51 @@ def build_engine(
         if shares_weights:
             return TorchEngine.sharing(model, tokenizer, settings.max_sequences)
         return TorchEngine(base_folder, dtype=dtype, max_sequences=settings.max_sequences)
-    return _vllm(settings, model, tokenizer, base_folder, max_rank, max_adapters, log, world or World(),
-                 dtype=dtype, max_length=max_length, sampling=sampling)  # fmt: skip
-
-
-def _vllm(
-    settings: EngineSettings,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    base_folder: Path,
-    max_rank: int,
-    max_adapters: int,
-    log: Path,
-    world: World,
-    *,
-    dtype: str,
-    max_length: int,
-    sampling: SamplingSettings,
-) -> RolloutEngine:
     refuse_missing_vllm()
-    from tuneloop.rollout.vllm_engine import VllmEngine, VllmOptions
+    from tuneloop.rollout.vllm_engine import VllmOptions
 
-    size = settings.tensor_parallel_size
-    if world.size > 1 and world.size % size:
-        raise UserError(f"lora_rl.engine.tensor_parallel_size = {size} does not divide the {world.size} processes that "
-                        "train: change it or lora_rl.distributed.processes")  # fmt: skip
     try:
-        rank = engine_rank(max_rank) if settings.sync == "adapter" else 0
+        rank = 0 if _merges(settings, max_adapters) else engine_rank(max_rank)
         reported = logprobs_mode(sampling)
     except ValueError as error:
         raise UserError(f"lora_rl.engine: {error}") from None
-    if world.size > 1 and world.rank % size:
-        return LedEngine(None, world, size)
     options = VllmOptions(
-        model=str(model_in_memory(base_folder) if settings.use_shm else base_folder),
+        model=str(base_folder),
         dtype=dtype,
         max_length=max_length,
         max_rank=rank,
         max_adapters=max_adapters,
+        modules=_leaf_names(model, adapted),
         max_sequences=settings.max_sequences,
         end_ids=tuple(sorted(end_token_ids(model) | {end_of_turn_id(tokenizer)})),
         logprobs_mode=reported,
-        tensor_parallel_size=size,
+        tensor_parallel_size=settings.tensor_parallel_size,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         kv_cache_bytes=settings.kv_cache_bytes or _kv_cache_bytes(model, dtype, settings, max_length),
         enforce_eager=settings.enforce_eager,
         sleep=settings.sleep,
     )
+    return _start(settings, options, log, world or World())
+
+
+def _merges(settings: EngineSettings, max_adapters: int) -> bool:
+    if settings.sync == "auto":
+        return max_adapters == 1 and not torch.cuda.is_available()
+    return settings.sync == "merged"
+
+
+def _start(settings: EngineSettings, options: "VllmOptions", log: Path, world: World) -> RolloutEngine:
+    """One vLLM for each `tensor_parallel_size` processes; the first of them has it."""
+    from tuneloop.rollout.vllm_engine import VllmEngine
+
+    size = settings.tensor_parallel_size
+    if world.size > 1 and world.size % size:
+        raise UserError(f"lora_rl.engine.tensor_parallel_size = {size} does not divide the {world.size} processes that "
+                        "train: change it or lora_rl.distributed.processes")  # fmt: skip
+    if world.size > 1 and world.rank % size:
+        return LedEngine(None, world, size)
+    if settings.use_shm:
+        options = replace(options, model=str(model_in_memory(Path(options.model))))
     engine = VllmEngine(
         options,
         log if world.size == 1 else log.with_stem(f"{log.stem}-{world.rank}"),
@@ -111,6 +117,16 @@ def _vllm(
         environment=_devices(world, size),
     )
     return LedEngine(engine, world, size) if world.size > 1 and size > 1 else engine
+
+
+def _leaf_names(model: PreTrainedModel, adapted: Collection[str] | None) -> tuple[str, ...]:
+    """Left to itself, vLLM prepares for adapters of the output head too: a pass over the vocabulary each token."""
+    if adapted is None:
+        head = model.get_output_embeddings()
+        adapted = [
+            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        ]
+    return tuple(sorted({name.removesuffix(".base").rsplit(".", 1)[-1] for name in adapted}))
 
 
 def refuse_missing_vllm() -> None:

@@ -23,7 +23,9 @@ class EngineSettings(StrictModel):
     enforce_eager: bool = False  # no CUDA graphs: starts faster, decodes slower; always so on a CPU
     sleep: bool = True  # weights to host memory while the trainer works (level 1); a CPU has nothing to give back
     use_shm: bool = False  # start from a copy of the base model in /dev/shm, made once and kept
-    sync: Literal["adapter", "merged"] = "adapter"  # merged: the whole model anew, no LoRA in decoding
+    # adapter: vLLM applies it while it decodes; merged: vLLM reloads its weights with the adapter folded in;
+    # auto: merged on a CPU with one adapter, where vLLM's LoRA kernels are very slow, else adapter.
+    sync: Literal["auto", "adapter", "merged"] = "auto"
     max_restarts: Annotated[int, Field(ge=0, le=100)] = 3  # of an engine that dies, for one and the same call
     timeout_seconds: PositiveInt = 1800  # a start or a call that takes longer counts as a death
 

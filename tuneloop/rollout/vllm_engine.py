@@ -35,6 +35,7 @@ class VllmOptions:
         max_length: longest prompt with its completion, in tokens.
         max_rank: of the adapters, one of `VLLM_RANKS`; 0: they are merged.
         max_adapters: of different names that are held at once.
+        modules: last parts of the names of the modules that adapters change.
         kv_cache_bytes: 0: what `gpu_memory_utilization` leaves.
         end_ids: tokens that end a completion.
         logprobs_mode: vLLM's name of it; see `settings.logprobs_mode`.
@@ -45,6 +46,7 @@ class VllmOptions:
     max_length: int
     max_rank: int
     max_adapters: int
+    modules: tuple[str, ...]
     max_sequences: int
     end_ids: tuple[int, ...]
     logprobs_mode: str = "raw_logprobs"
