@@ -1,4 +1,4 @@
-"""The command line: `python -m pipelines run | report | compile | config | registry`.
+"""The command line: `python -m pipelines run | report | compile | config | plan | registry`.
 
 Imports of torch and kfp stay inside the commands that need them, so that help and validation are quick.
 """
@@ -19,7 +19,7 @@ STEP_NAMES = ("check", "data_prep", "sft_warmup", "lora_rl", "merge_adapter", "e
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: as in `tuneloop.errors`, 3 when the gate said no."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = _parser(with_registry=argv[:1] == ["registry"]).parse_args(argv)
+    arguments = _parser(with_registry=argv[:1] == ["registry"], with_plan=argv[:1] == ["plan"]).parse_args(argv)
     from components.runner import exit_code_of
 
     code = 0
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code_of(action) or code
 
 
-def _parser(with_registry: bool) -> CommandLine:
+def _parser(with_registry: bool, with_plan: bool) -> CommandLine:
     parser = CommandLine(prog="python -m pipelines", description="Train a LoRA adapter, prove it better, promote it.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
@@ -48,6 +48,12 @@ def _parser(with_registry: bool) -> CommandLine:
     source.add_argument("--schema", action="store_true", help="print the JSON schema of a config instead")
     _add_set(config)
     config.set_defaults(command=_config)
+    if with_plan:
+        from pipelines import plan_cli
+
+        plan_cli.add_parser(commands)
+    else:
+        commands.add_parser("plan", help="predict memory and time of a run, and what fits")
     if with_registry:
         from pipelines import registry_cli
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from components.auto import announce, chosen, warnings
 from components.check.consistency import check_consistency
+from components.check.hardware import check_hardware
 from components.check.model import check_model
 from components.check.places import check_places
 from components.check.plan import make_plan
@@ -17,7 +18,7 @@ from tuneloop.evaluation.lm_harness import task_manager
 
 def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     """Refuse a run that cannot work: settings that contradict each other, a model, data or reward that is not there,
-    a registry or disk that cannot be written. Writes plan.json, what the run will need."""
+    too little memory, a registry or disk that cannot be written. Writes plan.json, what the run will need."""
     check_consistency(config)
     unverified = check_sources(config.data_prep.sources, config.task)
     check_rewards(config)
@@ -25,11 +26,14 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
         task_manager(config.evaluate.harness)
     model = check_model(config)
     plan = make_plan(config, model)
+    hardware, unsure = check_hardware(config, model.folder)
+    unverified = [*unverified, *unsure]
     free = check_places(config, output, plan["disk_bytes"]["total"])
     announce("check", config, model.config, model.parameters, "sft_warmup", "lora_rl")
     plan |= {
         "free_disk_bytes": free,
         "unverified": unverified,
+        "hardware": hardware,
         "auto": chosen(config, model.config),
         "warnings": warnings(model.config, model.parameters),
     }

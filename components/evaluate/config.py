@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from tuneloop.config import StrictModel
 from tuneloop.evaluation.settings import GateSettings, HarnessSettings
+from tuneloop.rollout.settings import EngineSettings
 from tuneloop.settings import PositiveInt, SamplingSettings
 
 
@@ -19,6 +20,7 @@ class EvaluateConfig(StrictModel):
     sampling: SamplingSettings = SamplingSettings(temperature=0.7)
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     max_sequences: PositiveInt = 512  # decoded at once
+    engine: EngineSettings = EngineSettings()  # kind = "vllm": for a model that one GPU cannot hold
     gate: GateSettings = GateSettings()
     harness: HarnessSettings | None = None  # needs the extra `harness`
 
@@ -26,6 +28,8 @@ class EvaluateConfig(StrictModel):
     def _counts_fit_each_other(self) -> "EvaluateConfig":
         if max(self.pass_k, default=1) > self.samples:
             raise ValueError(f"pass_k holds {max(self.pass_k)}, but only samples = {self.samples} are drawn")
+        if self.harness and self.engine.kind != "torch":
+            raise ValueError('harness needs the built-in engine: set engine.kind = "torch", or leave the harness out')
         if self.min_prompts > self.prompts:
             raise ValueError(f"min_prompts = {self.min_prompts} exceeds prompts = {self.prompts}: no run could pass")
         return self

@@ -53,6 +53,9 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
         max_new_tokens=config.task.max_new_tokens,
         seed=config.seed,
         at_once=settings.max_sequences,
+        engine=settings.engine,
+        max_length=config.model.max_length,
+        log=output / "engine.log",
     )
     answers = answer_all(contenders, examples, scorer, asked, config.model.dtype, harness.visit if harness else None)
     scores = {name: summarise(made, settings.pass_k, settings.confidence) for name, made in answers.items()}

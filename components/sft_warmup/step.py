@@ -20,7 +20,7 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     from tuneloop.data.chat import require_chat_template
     from tuneloop.data.reader import read_examples
     from tuneloop.models.adapter_io import save_adapter
-    from tuneloop.models.load import checkpoint_layers, load_model, load_tokenizer
+    from tuneloop.models.load import checkpoint_layers, load_model, load_tokenizer, reserve_model
     from tuneloop.models.lora import attach, describe_targets, extract, peft_config
     from tuneloop.models.recommend import read_model_size
     from tuneloop.models.sources import resolve_model
@@ -37,14 +37,19 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     validation = read_examples(inputs["data"] / "validation.parquet", settings.validation_examples)
     tokenizer = load_tokenizer(base)
     require_chat_template(tokenizer)
-    model = load_model(base, config.model.dtype)
+    # Nothing is computed to hand on an adapter as it is, so a model that no device here holds can be started from too.
+    reads_weights = settings.updates > 0 or settings.mode == "full" or lora.init == "svd"
+    model = (load_model if reads_weights else reserve_model)(base, config.model.dtype)
     if config.sft_warmup.gradient_checkpointing:
         checkpoint_layers(model)
     # After a full fine-tuning the adapter is a fresh one over the new weights, so it is attached afterwards.
     layers = {} if settings.mode == "full" else _layers(config, resolved, model, start)
     if layers:
         print(describe_targets(layers), flush=True)
-    result = warm_up(model, layers, tokenizer, train, validation, settings, seed=config.seed, folder=output)
+    losses: tuple[float | None, float | None] = (None, None)
+    if reads_weights:
+        result = warm_up(model, layers, tokenizer, train, validation, settings, seed=config.seed, folder=output)
+        losses = result.first_loss, result.last_loss
     base_uri = config.model.uri
     if settings.mode == "full":
         save_full_model(model, base, output / "model")
@@ -58,15 +63,15 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
         "parameters": size.parameters,
         "lora": lora.model_dump(mode="json"),
         "learning_rate": settings.optimizer.learning_rate,
-        "updates": result.updates,
+        "updates": settings.updates,
         "adapter_digest": adapter.digest(),
-        "validation_loss": {"first": result.first_loss, "last": result.last_loss},
+        "validation_loss": {"first": losses[0], "last": losses[1]},
     }
     (output / "warmup.json").write_text(json.dumps(warmup, indent=2) + "\n")
     return {
-        "updates": result.updates,
-        "validation_loss_first": result.first_loss,
-        "validation_loss_last": result.last_loss,
+        "updates": settings.updates,
+        "validation_loss_first": losses[0],
+        "validation_loss_last": losses[1],
         "adapter_digest": adapter.digest(),
     }
 

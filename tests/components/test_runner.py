@@ -166,7 +166,7 @@ def test_node_of_the_pipeline_records_failure_and_clears_it(tmp_path, capsys):
     assert uri == str(tmp_path / "check")
     assert not (tmp_path / "check.failed.json").exists()
     assert numbers["target_modules"] == 14
-    assert capsys.readouterr().out.splitlines()[-3:-2] == ["==> check"]
+    assert "==> check" in capsys.readouterr().out.splitlines()
 
 
 def test_two_processes_on_one_output(tmp_path):

@@ -12,8 +12,10 @@ from tuneloop.data.schema import Example
 from tuneloop.errors import UserError
 from tuneloop.evaluation.harness import AnswerSettings, ModelAnswers, evaluate_model
 from tuneloop.models.adapter_io import Adapter
-from tuneloop.models.load import load_tokenizer
+from tuneloop.models.load import load_tokenizer, reserve_model
 from tuneloop.rewards.base import Scorer
+from tuneloop.rollout.build import build_engine
+from tuneloop.rollout.engine import RolloutEngine
 from tuneloop.rollout.torch_engine import TorchEngine
 
 
@@ -81,7 +83,7 @@ def _answer_over(
     tokenizer = load_tokenizer(base)
     require_chat_template(tokenizer)
     prompts = render_prompts(tokenizer, [example.messages for example in examples])
-    engine = TorchEngine(base, dtype=dtype, max_sequences=settings.at_once)
+    engine = _engine(base, members, tokenizer, settings, dtype)
     answers: dict[str, ModelAnswers] = {}
     first_with: dict[str, str] = {}
     for contender in members:
@@ -100,6 +102,27 @@ def _answer_over(
             )
         label = f"evaluate {contender.name}"
         answers[contender.name] = evaluate_model(engine, examples, prompts, scorer, tokenizer, settings, label)
-        if visit:
+        if visit and isinstance(engine, TorchEngine):
             visit(contender, engine, tokenizer)
+    engine.close()
     return answers
+
+
+def _engine(
+    base: Path, members: Sequence[Contender], tokenizer: PreTrainedTokenizerBase, settings: AnswerSettings, dtype: str
+) -> RolloutEngine:
+    """What answers for the members, one after the other; vLLM reads the weights itself."""
+    if settings.engine.kind == "torch":
+        return TorchEngine(base, dtype=dtype, max_sequences=settings.at_once)
+    ranks = [a.shape[0] for member in members if member.adapter for a, _ in member.adapter.factors.values()]
+    return build_engine(
+        settings.engine,
+        reserve_model(base, dtype),
+        tokenizer,
+        base_folder=base,
+        dtype=dtype,
+        max_length=settings.max_length,
+        max_rank=max(ranks, default=1),
+        sampling=settings.sampling,
+        log=settings.log,
+    )

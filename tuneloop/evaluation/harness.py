@@ -1,14 +1,16 @@
 """Lets one model answer the held-out prompts, greedily and sampled, and scores the answers."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuneloop.data.schema import Example
 from tuneloop.progress import Progress
 from tuneloop.rewards.base import Scorer
 from tuneloop.rollout.engine import Completion, RolloutEngine, SampleStream
+from tuneloop.rollout.settings import EngineSettings
 from tuneloop.settings import SamplingSettings
 
 if TYPE_CHECKING:
@@ -84,6 +86,9 @@ class AnswerSettings:
         max_new_tokens: limit of a completion.
         seed: of the sample stream; equal seeds give every model the same random numbers at the same place.
         at_once: completions asked of the engine in one call.
+        engine: what samples.
+        max_length: longest prompt with its completion, in tokens; read by vLLM alone.
+        log: where vLLM's output goes.
     """
 
     samples: int
@@ -91,6 +96,9 @@ class AnswerSettings:
     max_new_tokens: int
     seed: int
     at_once: int = 512
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    max_length: int = 1024
+    log: Path = Path("engine.log")
 
 
 def evaluate_model(
