@@ -96,9 +96,8 @@ def assert_saved(config, full: bool, within: float) -> None:
     work = packed_work(70, 25, 4, groups=3, budget=10_000)
     assert work.tokens == tokens
     found = training_pass(inputs, work, full=full, checkpointing=False, on_cpu=True)
-    # Beside the layers: the final norm (in place of the first one, whose input needs no gradient, unless all
-    # weights are
-    # trained), cosines and sines of the positions, and one of the head's two sets of rows.
+    # Beside the layers: the final norm (with LoRA in place of the first one, whose input needs no gradient), cosines
+    # and sines of the positions, and one of the head's two sets of rows.
     beside = tokens * 2 * 16 * inputs.width + (tokens * 64 * (4 + 2 * inputs.width) if full else 0)
     assert sum(saved.values()) == pytest.approx(found.saved + found.head / 2 + beside, rel=within)
 
@@ -181,7 +180,7 @@ def test_asleep_engine_leaves_the_gpu_to_the_trainer():
 
 
 def test_vllm_share_by_hand():
-    found = vllm_rollout(large(), H100)
+    found = vllm_rollout(inputs := large(), inputs.rl.engine, H100)
     # 80 layers x (key, value) x one of eight heads of 128 x 2 bytes x 1,536 tokens
     assert found.a_sequence == 80 * 2 * 128 * 2 * 1536
     assert found.weights == 2 * 72_706_203_648 // 8

@@ -87,7 +87,7 @@ class ContinuousBatch:
         entering = np.arange(self.waiting, end)
         self.waiting = end
         fresh = GroupCache(self.samples)
-        batch = pack([(self.prompts[index], []) for index in entering], self.model.device)
+        batch = pack([(self.prompts[index], []) for index in entering.tolist()], self.model.device)
         hidden_TD = hidden_states(self.model, batch.input_ids_T, batch.position_ids_T, Prefill(fresh, batch))
         hidden_ND = hidden_TD[batch.prompt_length_N.cumsum(0) - 1]
         row_A = np.repeat(np.arange(entering.size), self.samples)
@@ -113,7 +113,7 @@ class ContinuousBatch:
         order = np.argsort(self.cached)
         row_A = order[np.searchsorted(self.cached, self.prompt_A, sorter=order)]
         place_A = self.drawn[self.prompt_A] - 1  # of the token that is fed, among its completion's
-        lengths = np.array([len(self.prompts[prompt]) for prompt in self.cached])
+        lengths = np.array([len(self.prompts[prompt]) for prompt in self.cached.tolist()])
         step = Decode(self.cache, self._tensor(row_A), self._tensor(self.sample_A), self._tensor(place_A),
                       self._tensor(np.maximum(self.drawn[self.cached] - 1, 0)))  # fmt: skip
         positions = self._tensor(lengths[row_A] + place_A)
