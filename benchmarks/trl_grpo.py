@@ -22,6 +22,7 @@ from benchmarks.common import Row, in_child, matmul_rate, save
 
 SHAPES = {"short": (32, 8, 16), "long": (16, 8, 128)}  # prompts, completions of each, most new tokens
 ASKED = {"short": 10.0, "long": 4.0}  # times faster than TRL
+WARM_UPS = 2  # of ours: the first touch of a page of memory costs more than its use
 RANK = 32
 MODEL = "bundled://smollm2-135m-instruct"
 
@@ -31,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--shapes", default="short,long", help="of: short, long")
-    parser.add_argument("--updates", type=int, default=3, help="of ours, measured after one that warms up")
+    parser.add_argument("--updates", type=int, default=3, help="of ours, measured after two that warm up")
     parser.add_argument("--trl-updates", type=int, default=2, help="of TRL's best variant, measured after one")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -80,14 +81,17 @@ def table_rows(shape: str, measured: dict[str, Any]) -> list[Row]:
     """The ratio to TRL, and to the floor."""
     prompts, samples, tokens = SHAPES[shape]
     work = f"{prompts} x {samples} x up to {tokens} tokens"
-    seconds = statistics.median(s for run in measured["ours"] for s in run["seconds"][1:])
+    seconds = statistics.median(s for run in measured["ours"] for s in run["seconds"][WARM_UPS:])
     peer = statistics.median(measured["trl"]["seconds"][1:])
     floor = measured["floor_seconds"]
+    products = min(run["products_seconds"] for run in measured["ours"])
     return [
         Row(f"GRPO update, {work}: speed", f"{seconds:.2f} s", f"TRL {peer:.1f} s ({measured['trl']['variant']})",
             peer / seconds, f"{ASKED[shape]:.0f} asked"),
         Row(f"GRPO update, {work}: share of the arithmetic floor", f"{seconds:.2f} s",
             f"floor {floor:.2f} s at {measured['matmul_flops'] / 1e12:.2f} TFLOP/s", floor / seconds, "0.5 asked"),
+        Row(f"GRPO update, {work}: share of its own matrix products", f"{seconds:.2f} s",
+            f"products {products:.2f} s", products / seconds, "1 if nothing else took time"),
     ]  # fmt: skip
 
 
@@ -116,16 +120,22 @@ def reward(token_ids: list[int]) -> float:
 
 def ours(model_uri: str, shape: str, updates: str) -> dict[str, Any]:
     """Seconds of every update and its phases, tokens, and the operations that it needs."""
+    from torch.profiler import ProfilerActivity, profile
+
     from tuneloop.data.chat import render_prompts
+    from tuneloop.host_memory import keep_freed_memory
     from tuneloop.rollout.engine import SampleStream
     from tuneloop.settings import SamplingSettings
     from tuneloop.training.world import World
 
+    keep_freed_memory()
     prompts, samples, tokens = SHAPES[shape]
     policy, sync, tokenizer, learner = _set_up(model_uri, prompts, samples, World())
     sync()
     seconds, phases, flops = [], [], 0.0
-    for update in range(int(updates) + 1):
+
+    def one(update: int) -> None:
+        nonlocal flops
         asked = render_prompts(tokenizer, messages(shape, update))
         marks = [time.perf_counter()]
         sampled = sync.engine.generate(
@@ -143,8 +153,15 @@ def ours(model_uri: str, shape: str, updates: str) -> dict[str, Any]:
         names = ("collect", "score", "update", "sync")
         phases.append({name: b - a for name, a, b in zip(names, marks, marks[1:], strict=False)})
         flops = operations(policy, sum(map(len, asked)), rollout.tokens(), prompts * samples)
-    return {"seconds": seconds, "phases": phases, "completion_tokens": rollout.tokens() / prompts / samples,
-            "flops": flops}  # fmt: skip
+
+    for update in range(int(updates) + WARM_UPS):
+        one(update)
+    result = {"seconds": list(seconds), "phases": list(phases), "flops": flops}
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        one(int(updates) + WARM_UPS)
+    spent = {event.key: event.self_cpu_time_total / 1e6 for event in profiled.key_averages()}
+    products = sum(spent.get(f"aten::{name}", 0.0) for name in ("mm", "addmm", "addmm_", "bmm"))
+    return result | {"products_seconds": products}
 
 
 def operations(policy: Any, prompt_tokens: int, sampled: int, completions: int) -> float:

@@ -11,6 +11,7 @@ from components.lora_rl.warmup import WarmUp, read_warmup
 from tuneloop.data.chat import render_completion, render_prompt, require_chat_template
 from tuneloop.data.reader import read_examples
 from tuneloop.data.schema import Example
+from tuneloop.host_memory import keep_freed_memory
 from tuneloop.models.load import checkpoint_layers, load_model, load_tokenizer, reserve_model
 from tuneloop.models.sources import resolve_model
 from tuneloop.rewards.base import Scorer, build_scorer
@@ -26,7 +27,7 @@ from tuneloop.training.world import World
 
 # Nats a token between two right computations: bfloat16 gives about 0.04, float32 about 1e-6.
 CANARY_TOLERANCES = {"bfloat16": 0.1, "float32": 1e-3}
-CANARIES = 16  # fixed prompts whose tokens trainer and engine must agree on after every sync
+CANARIES = 4  # fixed prompts whose tokens trainer and engine must agree on after every sync
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def load_base(members: Sequence[Member]) -> Base:
     settings, dtype = first.settings, first.config.model.dtype
     tokenizer = load_tokenizer(first.folder)
     require_chat_template(tokenizer)
+    keep_freed_memory()
     is_spread = world.together and settings.distributed.zero_stage == 3
     if is_spread and not world.is_first:  # the first process gives the others their share, a parameter at a time
         model = reserve_model(first.folder, dtype)

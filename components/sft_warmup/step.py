@@ -12,13 +12,14 @@ from components.runner import Step, Summary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tuneloop.models.lora import LoraLinear
+    from tuneloop.models.lora_linear import LoraLinear
 
 
 def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     """Warm the model up on prepared completions and write the adapter that RL starts from."""
     from tuneloop.data.chat import require_chat_template
     from tuneloop.data.reader import read_examples
+    from tuneloop.host_memory import keep_freed_memory
     from tuneloop.models.adapter_io import save_adapter
     from tuneloop.models.load import checkpoint_layers, load_model, load_tokenizer, reserve_model
     from tuneloop.models.lora import attach, describe_targets, extract, peft_config
@@ -37,6 +38,7 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     validation = read_examples(inputs["data"] / "validation.parquet", settings.validation_examples)
     tokenizer = load_tokenizer(base)
     require_chat_template(tokenizer)
+    keep_freed_memory()
     # Nothing is computed to hand on an adapter as it is, so a model that no device here holds can be started from too.
     reads_weights = settings.updates > 0 or settings.mode == "full" or lora.init == "svd"
     model = (load_model if reads_weights else reserve_model)(base, config.model.dtype)

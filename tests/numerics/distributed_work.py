@@ -5,7 +5,9 @@ The same functions, called in the test's own process, give what one process comp
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +17,8 @@ from transformers import PreTrainedModel
 from tuneloop.errors import UserError
 from tuneloop.models.forward import score, score_with_hidden
 from tuneloop.models.load import checkpoint_layers, load_model, reserve_model
-from tuneloop.models.lora import LoraLinear, attach, extract, trainable_parameters
+from tuneloop.models.lora import attach, extract, trainable_parameters
+from tuneloop.models.lora_linear import LoraLinear
 from tuneloop.models.packed import Group, pack
 from tuneloop.models.sharding import METER
 from tuneloop.models.sources import resolve_model
@@ -93,6 +96,16 @@ def batches() -> list[list[Group]]:
         return torch.randint(3, 200, (count,), generator=generator).tolist()
 
     return [[(tokens(5 + n), [tokens(1 if k else 3 + n), tokens(6 + k)]) for k in range(2)] for n in range(4)]
+
+
+@contextmanager
+def multiplied_as_in(case: str) -> Iterator[None]:
+    """Multiply layers that read the same input one by one if the case's processes do."""
+    if CASES[case][1].zero_stage < 3:
+        yield
+        return
+    with patch("tuneloop.models.lora_linear._joinable", return_value=False):
+        yield
 
 
 def one_process(case: str) -> tuple[Trained, MasterAdamW]:

@@ -3,6 +3,9 @@
 float32: sums are made in another order, so masters of about 0.1 may differ by 2e-6 (measured: 1.5e-7). bfloat16: the
 first step's norm to 1e-5; then factors that round to another bfloat16 set the two apart, here by 5e-5 on average and
 3e-3 at most after two steps at a learning rate of 0.01, by the same in all three stages.
+
+Stage 3 puts layers together one by one, so those that read the same input are multiplied one by one; what it is compared
+with does so too, since in bfloat16 their gradients then round differently (the first step's norm by 4e-4).
 """
 
 from pathlib import Path
@@ -16,6 +19,7 @@ from tests.numerics.distributed_work import (
     LATER_STEPS,
     STEPS,
     batches,
+    multiplied_as_in,
     one_process,
     peaks_of_modules,
 )
@@ -31,10 +35,11 @@ def runs(tmp_path_factory):
     alone = {}
     for case in CASES:
         trained, optimizer = one_process(case)
-        first_norms = trained.train(optimizer, batches(), STEPS)
-        state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
-        save_file(state, folder / f"{case}.one.safetensors")
-        later = trained.train(optimizer, batches(), LATER_STEPS)
+        with multiplied_as_in(case):
+            first_norms = trained.train(optimizer, batches(), STEPS)
+            state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+            save_file(state, folder / f"{case}.one.safetensors")
+            later = trained.train(optimizer, batches(), LATER_STEPS)
         alone[case] = {
             "norms": first_norms,
             "state": state,
@@ -90,7 +95,8 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(runs, case: str):
     folder, _, alone = runs
     trained, optimizer = one_process(case)
     optimizer.load_state(load_file(folder / f"{case}.safetensors"))
-    assert trained.train(optimizer, batches(), LATER_STEPS) == norms(case, alone[case]["later_norms"])
+    with multiplied_as_in(case):
+        assert trained.train(optimizer, batches(), LATER_STEPS) == norms(case, alone[case]["later_norms"])
     assert_close(case, optimizer.state(), alone[case]["later"])
 
 

@@ -7,7 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from tuneloop.models import attention
 from tuneloop.models.forward import score
 from tuneloop.models.fused import fuse
-from tuneloop.models.lora import LoraLinear, attach
+from tuneloop.models.lora import attach
+from tuneloop.models.lora_linear import LoraLinear
 from tuneloop.models.packed import pack
 from tuneloop.settings import LoraSettings
 

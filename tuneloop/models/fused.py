@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from tuneloop.models.attention import AttentionContext, refuse_unsupported
+from tuneloop.models.lora_linear import project
 
-_PIECE_ELEMENTS = 1 << 17  # fp32 elements of one piece: half a megabyte, well inside a core's L2 cache
+_PIECE_ELEMENTS = 1 << 18  # fp32 elements of one piece: a megabyte, inside a core's L2 cache
 
 # Root-mean-square norms that compute weight * (x / rms(x)), with x / rms(x) rounded to the model's dtype first.
 _NORMS = {"LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm", "SmolLM3RMSNorm"}
@@ -121,7 +122,7 @@ def _norm_forward(self, x: torch.Tensor) -> torch.Tensor:
 
 
 def _gated_forward(self, x: torch.Tensor) -> torch.Tensor:
-    return self.down_proj(_SiluTimes.apply(self.gate_proj(x), self.up_proj(x)))
+    return self.down_proj(_SiluTimes.apply(*project([self.gate_proj, self.up_proj], x)))
 
 
 def _attention_forward(
@@ -136,8 +137,8 @@ def _attention_forward(
     refuse_unsupported(window if getattr(self.config, "use_sliding_window", True) else None)
     x_TD = hidden_states[0]
     query, key, value = (
-        projection(x_TD).view(x_TD.shape[0], -1, self.head_dim)
-        for projection in (self.q_proj, self.k_proj, self.v_proj)
+        projected.view(x_TD.shape[0], -1, self.head_dim)
+        for projected in project([self.q_proj, self.k_proj, self.v_proj], x_TD)
     )
     if hasattr(self, "q_norm"):
         query, key = self.q_norm(query), self.k_norm(key)

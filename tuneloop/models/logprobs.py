@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 1 << 22  # logits held at once; 4M fp32 elements stay near the last-level cache
+CHUNK_ELEMENTS = 1 << 22  # logits held at once where a row has several targets, or the head is trained
+ROWS = 512  # otherwise: rows whose probabilities are held at once, in the model's dtype
+BLOCK = 2048  # tokens of the vocabulary whose logits a CPU makes at a time
 
 
 @dataclass(frozen=True)
@@ -105,31 +107,18 @@ class _FrozenHeadScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_SD, head_VD, target_S, temperature):
-        wants_gradient = ctx.needs_input_grad[0]
+        wants_direction = ctx.needs_input_grad[0]
         logprobs_S = torch.empty(target_S.numel(), device=hidden_SD.device)
         entropy_S = torch.empty_like(logprobs_S)
-        direction_SD = torch.empty_like(hidden_SD) if wants_gradient else None
-        size = _rows_per_chunk(head_VD.shape[0])
-        for first in range(0, target_S.numel(), size):
-            piece = slice(first, first + size)
-            target = target_S[piece, None]
-            logits = F.linear(hidden_SD[piece], head_VD)
-            if temperature != 1.0:
-                logits = logits.float().div_(temperature)
-            log_weights = torch.log_softmax(logits, -1, dtype=torch.float32)
-            chosen = log_weights.gather(1, target)
-            logprobs_S[piece] = chosen.squeeze(1)
+        direction_SD = torch.empty_like(hidden_SD) if wants_direction else None
+        for first in range(0, target_S.numel(), ROWS):
+            piece = slice(first, first + ROWS)
+            blocks = _VocabularyBlocks(hidden_SD[piece], head_VD, target_S[piece], temperature, wants_direction)
+            logprobs_S[piece] = blocks.logprobs_R
             if direction_SD is None:
-                entropy_S[piece] = torch.linalg.vecdot(log_weights.exp(), log_weights).neg_()
-                continue
-            residual = log_weights.exp_().to(head_VD.dtype)
-            # p - 1 of the target itself, without the rounding that 1 - (1 - p) would suffer
-            residual.scatter_(1, target, torch.expm1(chosen).to(residual.dtype))
-            direction = (residual @ head_VD).neg_()
-            # The expected logit is hidden . (p @ head), and p @ head is the target's row less the direction.
-            expected = torch.linalg.vecdot(direction.float(), hidden_SD[piece].float()).div_(temperature)
-            entropy_S[piece] = expected.sub_(chosen.squeeze(1))
-            direction_SD[piece] = direction / temperature
+                entropy_S[piece] = blocks.entropies()
+            else:
+                direction_SD[piece], entropy_S[piece] = blocks.directions()
         ctx.save_for_backward(direction_SD)
         ctx.mark_non_differentiable(entropy_S)
         return logprobs_S, entropy_S
@@ -138,3 +127,60 @@ class _FrozenHeadScores(torch.autograd.Function):
     def backward(ctx, gradient_S, _):  # type: ignore[override]
         (direction_SD,) = ctx.saved_tensors
         return (direction_SD * gradient_S[:, None]).to(direction_SD.dtype), None, None, None
+
+
+class _VocabularyBlocks:
+    """softmax(hidden @ head.T / temperature) of some rows, a block of the vocabulary at a time.
+
+    A block's logits stay in the processor's cache while they are normalised, and its products have the shape that is
+    computed fastest. Each block is normalised by itself; `share_RK` is what it weighs in the whole distribution.
+
+    Legend: B tokens of a block, K blocks.
+    """
+
+    def __init__(self, hidden_RD, head_VD, target_R, temperature: float, keep: bool):
+        self.hidden_RD, self.head_VD, self.target_R, self.temperature = hidden_RD, head_VD, target_R, temperature
+        self.size = BLOCK if hidden_RD.device.type == "cpu" else head_VD.shape[0]
+        self.weights: list[torch.Tensor] = []  # a block: (R, B), the target's own left out
+        chosen_R = torch.empty(target_R.numel(), device=hidden_RD.device)
+        normalisers, expected = [], []
+        for start in range(0, head_VD.shape[0], self.size):
+            logits_RB = hidden_RD @ self._head(start).T
+            if temperature != 1.0:
+                logits_RB = logits_RB.float().div_(temperature)
+            log_weights_RB = torch.log_softmax(logits_RB, -1, dtype=torch.float32)
+            row_I = ((target_R >= start) & (target_R < start + logits_RB.shape[1])).nonzero().squeeze(1)
+            place_I = target_R[row_I] - start
+            chosen_R[row_I] = logits_RB[row_I, place_I].float()
+            normalisers.append(logits_RB[:, 0].float() - log_weights_RB[:, 0])
+            weights_RB = log_weights_RB.exp_()
+            if keep:
+                weights_RB = weights_RB.to(head_VD.dtype)
+                weights_RB[row_I, place_I] = 0.0
+                self.weights.append(weights_RB)
+            else:
+                expected.append(torch.linalg.vecdot(weights_RB, logits_RB.float()))
+        normalisers_RK = torch.stack(normalisers, 1)
+        self.normaliser_R = normalisers_RK.logsumexp(1)
+        self.share_RK = (normalisers_RK - self.normaliser_R[:, None]).exp_()
+        self.logprobs_R = chosen_R - self.normaliser_R
+        self._expected = expected
+
+    def _head(self, start: int) -> torch.Tensor:
+        return self.head_VD[start : start + self.size]
+
+    def entropies(self) -> torch.Tensor:
+        """Normaliser less expected logit, (R,)."""
+        return self.normaliser_R - torch.linalg.vecdot(self.share_RK, torch.stack(self._expected, 1))
+
+    def directions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """d log-prob/d hidden, (R, D) in fp32, and the entropies."""
+        # p - 1 of the target itself is added in fp32: neither is it rounded, nor does 1 - (1 - p) lose its digits.
+        residual_RD = torch.expm1(self.logprobs_R)[:, None] * self.head_VD[self.target_R].float()
+        for number, weights_RB in enumerate(self.weights):
+            mixed_RD = weights_RB @ self._head(number * self.size)
+            residual_RD.addcmul_(mixed_RD.float(), self.share_RK[:, number, None])
+        direction_RD = residual_RD.neg_().div_(self.temperature)
+        # hidden . direction is the target's logit less the expected one.
+        entropy_R = torch.linalg.vecdot(direction_RD, self.hidden_RD.float()) - self.logprobs_R
+        return direction_RD, entropy_R

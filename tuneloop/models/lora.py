@@ -1,9 +1,7 @@
-"""LoRA layers: which modules get one, how they compute, and how they become a PEFT adapter and back.
+"""LoRA layers: which modules get one, and how they become a PEFT adapter and back.
 
 The base weight stays frozen; the factors are held in the model's dtype for computing, and the optimiser keeps fp32
-master copies of its own. Formula: y = W x + scaling * B (A x), Hu et al., 2021 (arXiv:2106.09685).
-
-Legend: R rank.
+master copies of its own.
 """
 
 import math
@@ -12,76 +10,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
 from tuneloop.errors import UserError
 from tuneloop.models.adapter_io import Adapter
 from tuneloop.models.lora_init import initial_a
+from tuneloop.models.lora_linear import LoraLinear
 from tuneloop.models.sharding import whole
 from tuneloop.models.targets import choose_targets, match_pattern
 from tuneloop.settings import LoraSettings
-
-
-class LoraLinear(nn.Module):
-    """A frozen linear layer and its trainable low-rank update.
-
-    `enabled = False` computes with the base weight alone; `stand_in`, a pair of factors, computes in place of A and B.
-    """
-
-    def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float = 0.0):
-        super().__init__()
-        self.base = base
-        self.scaling, self.dropout, self.enabled = scaling, dropout, True
-        self.stand_in: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.resize(rank)
-
-    def resize(self, rank: int) -> None:
-        """New factors of this rank: A uninitialised, B zero."""
-        weight = self.base.weight
-        self.A = nn.Parameter(torch.empty(rank, self.base.in_features, dtype=weight.dtype, device=weight.device))
-        self.B = nn.Parameter(torch.zeros(self.base.out_features, rank, dtype=weight.dtype, device=weight.device))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.enabled:
-            return self.base(x)
-        a, b = self.stand_in or (self.A, self.B)
-        if self.dropout and self.training:
-            return self.base(x) + self.scaling * F.linear(F.linear(F.dropout(x, self.dropout), a), b)
-        y = _LoraMatmul.apply(x, self.base.weight, a, b, self.scaling)
-        return y if self.base.bias is None else y + self.base.bias
-
-
-class _LoraMatmul(torch.autograd.Function):
-    """x W^T + s (x A^T) B^T, accumulated in place, so that no full-size temporary is made in either direction."""
-
-    @staticmethod
-    def forward(ctx, x, weight, a, b, scaling):
-        rows = x.reshape(-1, x.shape[-1])
-        low = rows @ a.T
-        y = rows @ weight.T
-        y.addmm_(low, b.T, alpha=scaling)
-        ctx.save_for_backward(x, weight, a, b, low)
-        ctx.scaling = scaling
-        return y.view(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[override]
-        x, weight, a, b, low = ctx.saved_tensors
-        rows = x.reshape(-1, x.shape[-1])
-        gradient = gradient.reshape(-1, weight.shape[0])
-        gradient_low = (gradient @ b).mul_(ctx.scaling)
-        gradient_b = (gradient.T @ low).mul_(ctx.scaling)
-        gradient_a = gradient_low.T @ rows
-        gradient_x = gradient_w = None
-        if ctx.needs_input_grad[0]:
-            gradient_x = gradient @ weight
-            gradient_x.addmm_(gradient_low, a)
-            gradient_x = gradient_x.view(x.shape)
-        if ctx.needs_input_grad[1]:
-            gradient_w = gradient.T @ rows
-        return gradient_x, gradient_w, gradient_a, gradient_b, None
 
 
 def target_modules(model: nn.Module, settings: LoraSettings) -> dict[str, nn.Linear]:

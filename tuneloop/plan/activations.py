@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from tuneloop.plan.inputs import PackedWork, PlanInputs
 
-LOGITS_ELEMENTS = 1 << 22  # held at once; see `tuneloop.models.logprobs`
-SCORE_ELEMENTS = 1 << 19  # of attention, held at once; see `tuneloop.models.grouped_attention`
+LOGITS_ELEMENTS = 1 << 22  # held at once in sampling, and where the head is trained
+HEAD_ROWS, HEAD_BLOCK = 512, 2048  # rows and tokens at once of a frozen head; see `tuneloop.models.logprobs`
+SCORE_ELEMENTS = 1 << 20  # of attention, held at once; see `tuneloop.models.grouped_attention`
 FP32 = 4
 
 _INPUT_OF = {  # what each projection multiplies: saved once, for all of them that are trained
@@ -85,7 +86,9 @@ def training_pass(
         scratch=max(
             _attention_scratch(inputs, tokens),
             _mlp_scratch(inputs, tokens, on_cpu),
-            logits_scratch(inputs, work.scored),
+            logits_scratch(inputs, work.scored)
+            if full
+            else _head_scratch(inputs, work.scored, keeps=True, on_cpu=on_cpu),
         ),
         largest=tokens * max(shape.intermediate, shape.hidden) * width,
     )
@@ -96,7 +99,8 @@ def scoring_pass(inputs: PlanInputs, tokens: int, on_cpu: bool) -> int:
     shape = inputs.shape
     a_layer = tokens * (4 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width + 3 * shape.intermediate)
     rows = tokens * shape.hidden * (0 if on_cpu else FP32)  # a norm's fp32 copy
-    return a_layer * inputs.width + rows + max(_attention_scratch(inputs, tokens), logits_scratch(inputs, tokens))
+    head = _head_scratch(inputs, tokens, keeps=False, on_cpu=on_cpu)
+    return a_layer * inputs.width + rows + max(_attention_scratch(inputs, tokens), head)
 
 
 def _attention_scratch(inputs: PlanInputs, tokens: int) -> int:
@@ -108,6 +112,14 @@ def _mlp_scratch(inputs: PlanInputs, tokens: int, on_cpu: bool) -> int:
     """Gradients of the gated activation; on a GPU with fp32 copies of all rows."""
     inner, width = inputs.shape.intermediate, inputs.width
     return tokens * inner * (3 * width if on_cpu else 3 * width + 4 * FP32)
+
+
+def _head_scratch(inputs: PlanInputs, scored: int, *, keeps: bool, on_cpu: bool) -> int:
+    """A frozen head's probabilities, kept for the gradient's directions, and a block of logits in its three forms."""
+    vocabulary = inputs.shape.vocabulary
+    rows, block = min(scored, HEAD_ROWS), min(vocabulary, HEAD_BLOCK) if on_cpu else vocabulary
+    kept = rows * vocabulary * inputs.width if keeps else 0
+    return kept + rows * block * (2 * FP32 + inputs.width)
 
 
 def logits_scratch(inputs: PlanInputs, scored: int) -> int:

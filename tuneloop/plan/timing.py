@@ -120,7 +120,7 @@ def _score_seconds(inputs: PlanInputs, device: Device, processes: int) -> float:
         share += 1.0
     else:
         probed = PROBED_PROMPTS * (inputs.prompt_tokens + PROBED_COMPLETIONS * inputs.completion_tokens)
-        share += 2 * min(tokens, probed) / tokens  # policy and reference
+        share += min(tokens, probed) / tokens  # the reference alone: the policy's are known from the rollout
     return share * tokens * 2 * _computing(inputs) / (TRAIN_UTILISATION * _flops(inputs, device))
 
 

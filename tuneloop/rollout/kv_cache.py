@@ -102,44 +102,44 @@ class Decode:
         place_A: torch.Tensor,
         place_N: torch.Tensor,
     ):
-        self.cache, self.row_A, self.sample_A, self.place_A = cache, row_A, sample_A, place_A
-        self.length = int(place_A.max()) + 1
-        cache.reserve(self.length)
-        future_NC = torch.arange(self.length, device=place_N.device) > place_N[:, None]
-        self.future = future_NC[:, None, None, None, :] if bool(future_NC.any()) else None
+        cache.reserve(int(place_A.max()) + 1)
+        self.cache = cache
+        _, k, g, room, _ = cache.own_keys[0].shape
+        heads_K = torch.arange(k, device=row_A.device)
+        slot_AK = (row_A[:, None] * k + heads_K) * g + sample_A[:, None]
+        self.slot = slot_AK.flatten()  # of each sequence's heads among the (n, K, G) that the cache has room for
+        self.place = (slot_AK * room + place_A[:, None]).flatten()  # of the new token in the cache of own keys
+        self.hidden = self._hidden(place_N, room, cache.own_keys[0].dtype)
+        self.query: torch.Tensor | None = None  # (n·K·G, M·D); what is not active stays zero
+
+    def _hidden(self, place_N: torch.Tensor, room: int, dtype: torch.dtype) -> torch.Tensor:
+        """Added to scores, (n, 1, 1, P + room): -inf for a prompt's padding and for what is not generated yet."""
+        length = self.cache.prompt_keys[0].shape[2]
+        hidden = torch.zeros(place_N.numel(), length + room, dtype=dtype, device=place_N.device)
+        if self.cache.padding is not None:
+            hidden[:, :length].masked_fill_(self.cache.padding.view(-1, length), float("-inf"))
+        future_NC = torch.arange(room, device=place_N.device) > place_N[:, None]
+        hidden[:, length:].masked_fill_(future_NC, float("-inf"))
+        return hidden[:, None, None]
 
     def attend(self, layer, query_AHD, key_AKD, value_AKD, scaling):
         """See `AttentionContext`; the packed rows are the active sequences."""
         own_keys, own_values = self.cache.own_keys[layer], self.cache.own_values[layer]
-        own_keys[self.row_A, :, self.sample_A, self.place_A] = key_AKD
-        own_values[self.row_A, :, self.sample_A, self.place_A] = value_AKD
-        n, k, g, _, d = own_keys.shape
-        query = query_AHD.new_zeros(n, g, query_AHD.shape[1], d)
-        query[self.row_A, self.sample_A] = query_AHD
-        query = query.view(n, g, k, -1, d).transpose(1, 2)
-        prompt_keys, own_keys = self.cache.prompt_keys[layer], own_keys[..., : self.length, :]
-        scores = products(query, prompt_keys, own_keys).mul_(scaling)
-        if self.cache.padding is not None:
-            scores[..., : self.cache.padding.shape[-1]].masked_fill_(self.cache.padding, float("-inf"))
-        if self.future is not None:
-            scores[..., prompt_keys.shape[2] :].masked_fill_(self.future, float("-inf"))
-        weights = scores.softmax(-1).to(query.dtype)
-        out = combine(weights, self.cache.prompt_values[layer], own_values[..., : self.length, :])
-        return out.transpose(1, 2).reshape(n, g, -1, d)[self.row_A, self.sample_A]
-
-
-def products(left, prompt, own):
-    """left @ [prompt; own]^T in fp32, shape (n, K, G, M, P + C)."""
-    n, k, g, m, d = left.shape
-    scores = (left.reshape(n * k * g, m, d) @ own.reshape(n * k * g, -1, d).transpose(1, 2)).view(n, k, g, m, -1)
-    shared = (left.reshape(n * k, g * m, d) @ prompt.flatten(0, 1).transpose(1, 2)).view(n, k, g, m, -1)
-    return torch.cat([shared, scores], dim=-1).float()
-
-
-def combine(weights, prompt, own):
-    """weights @ [prompt; own], shape (n, K, G, M, D)."""
-    n, k, g, m, _ = weights.shape
-    split = prompt.shape[2]
-    out = weights[..., split:].reshape(n * k * g, m, -1) @ own.reshape(n * k * g, -1, own.shape[-1])
-    shared = weights[..., :split].reshape(n * k, g * m, split) @ prompt.flatten(0, 1)
-    return out.add_(shared.view_as(out)).view(n, k, g, m, -1)
+        n, k, g, room, d = own_keys.shape
+        own_keys.view(-1, d).index_copy_(0, self.place, key_AKD.reshape(-1, d))
+        own_values.view(-1, d).index_copy_(0, self.place, value_AKD.reshape(-1, d))
+        grouped = (query_AHD * scaling).view(self.slot.numel(), -1)
+        slots = grouped.new_zeros(n * k * g, grouped.shape[1]) if self.query is None else self.query
+        self.query = slots.index_copy_(0, self.slot, grouped)
+        query = slots.view(n * k, -1, d)
+        # The whole room is multiplied: a part of it would have to be copied first.
+        prompt_keys, prompt_values = self.cache.prompt_keys[layer], self.cache.prompt_values[layer]
+        shared = query @ prompt_keys.flatten(0, 1).transpose(1, 2)
+        own = query.view(n * k * g, -1, d) @ own_keys.view(-1, room, d).transpose(1, 2)
+        scores = torch.cat([shared, own.view(n * k, -1, room)], dim=-1).view(n, k, query.shape[1], -1)
+        weights = scores.add_(self.hidden).softmax(-1, dtype=torch.float32).to(scores.dtype).flatten(0, 1)
+        length = prompt_keys.shape[2]
+        out = weights[..., :length] @ prompt_values.flatten(0, 1)
+        own_weights = weights[..., length:].reshape(n * k * g, -1, room)
+        out += (own_weights @ own_values.view(-1, room, d)).view_as(out)
+        return out.view(slots.shape).index_select(0, self.slot).view(query_AHD.shape)

@@ -30,7 +30,7 @@ def draw(
     for first in range(0, logits_RV.shape[0], size):
         chunk = logits_RV[first : first + size]
         mine = (row_A >= first) & (row_A < first + size)
-        token, logprob = _draw_chunk(chunk.float(), row_A[mine] - first, uniform_A[mine], sampling)
+        token, logprob = _draw_chunk(chunk, row_A[mine] - first, uniform_A[mine], sampling)
         tokens.append(token)
         logprobs.append(logprob)
     return torch.cat(tokens), torch.cat(logprobs)
@@ -38,16 +38,16 @@ def draw(
 
 def _draw_chunk(logits_RV, row_A, uniform_A, sampling):
     if sampling.temperature not in (0.0, 1.0):
-        logits_RV = logits_RV / sampling.temperature
-    normaliser_R1 = logits_RV.logsumexp(-1, keepdim=True)
+        logits_RV = logits_RV.float() / sampling.temperature
+    weights_RV = logits_RV.softmax(-1, dtype=torch.float32)
     if sampling.temperature == 0.0:
         token_A = logits_RV.argmax(-1)[row_A]
     else:
-        weights_RV = (logits_RV - normaliser_R1).exp()
+        chosen_from_RV = weights_RV
         if sampling.top_k or sampling.top_p < 1.0:
-            weights_RV = _truncated(weights_RV, sampling)
-        token_A = _invert(weights_RV, row_A, uniform_A)
-    return token_A, logits_RV[row_A, token_A] - normaliser_R1[row_A, 0]
+            chosen_from_RV = _truncated(weights_RV, sampling)
+        token_A = _invert(chosen_from_RV, row_A, uniform_A)
+    return token_A, weights_RV[row_A, token_A].log()
 
 
 def _invert(weights_RV: torch.Tensor, row_A: torch.Tensor, uniform_A: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from tuneloop.errors import UserError
 from tuneloop.models.adapter_io import Adapter
 from tuneloop.models.forward import score
 from tuneloop.models.load import load_model, load_tokenizer
-from tuneloop.models.lora import LoraLinear
+from tuneloop.models.lora_linear import LoraLinear
 from tuneloop.models.packed import pack
 from tuneloop.models.rounding import fold
 from tuneloop.rollout.continuous_batch import ContinuousBatch

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from tuneloop.errors import TuneloopError
 from tuneloop.models.forward import score
-from tuneloop.models.lora import LoraLinear, extract
+from tuneloop.models.lora import extract
+from tuneloop.models.lora_linear import LoraLinear
 from tuneloop.models.packed import pack
 from tuneloop.models.sharding import METER
 from tuneloop.rollout.engine import DEFAULT_ADAPTER, RolloutEngine

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tuneloop.models.adapter_io import Adapter
-from tuneloop.models.lora import LoraLinear, extract, install, trainable_parameters
+from tuneloop.models.lora import extract, install, trainable_parameters
+from tuneloop.models.lora_linear import LoraLinear
 from tuneloop.models.rounding import fold
 from tuneloop.training.reference import Reference, ReferencePolicy, ReferenceWeights
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tuneloop.models.lora import LoraLinear
 from tuneloop.models.lora_init import initial_a
+from tuneloop.models.lora_linear import LoraLinear
 from tuneloop.training.policy import Policy
 from tuneloop.training.settings import RankScheduleSettings
 

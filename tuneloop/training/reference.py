@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tuneloop.models.adapter_io import Adapter
 from tuneloop.models.digest import weights_digest
 from tuneloop.models.forward import score
-from tuneloop.models.lora import LoraLinear
+from tuneloop.models.lora_linear import LoraLinear
 from tuneloop.models.packed import PackedBatch
 
 

@@ -112,7 +112,7 @@ def score_rollout(
         _minibatch(model, held, scored, range(first, end), settings, world) for first, end in pairwise(bounds)
     ]
     if not holds_reference and not settings.algorithm.kl_in_reward and reference.kept:
-        metrics["kl/reference"] = probe_kl(model, reference, groups, settings.sampling.temperature)
+        metrics["kl/reference"] = probe_kl(model, reference, rollout, settings.sampling.temperature)
     return minibatches, metrics
 
 
@@ -199,9 +199,9 @@ def _micro_batch(
 
 
 @torch.no_grad()
-def probe_kl(model: PreTrainedModel, reference: Reference, groups: Sequence[Group], temperature: float) -> float:
-    """Mean log-prob difference (k1, nats a token) of policy and reference on a few of the round's prompts."""
-    batch = pack([(prompt, members[:PROBED_COMPLETIONS]) for prompt, members in groups[:PROBED_PROMPTS]], model.device)
-    model.eval()
-    policy_S = score(model, batch, temperature).logprobs_S
-    return float((policy_S - reference.logprobs(batch, temperature)).mean())
+def probe_kl(model: PreTrainedModel, reference: Reference, rollout: Rollout, temperature: float) -> float:
+    """Mean log-prob difference (k1, nats a token) of sampling policy and reference on a few of the round's prompts."""
+    groups = [(group.prompt, group.completions[:PROBED_COMPLETIONS]) for group in rollout.groups[:PROBED_PROMPTS]]
+    batch = pack([(prompt, [c.token_ids for c in completions]) for prompt, completions in groups], model.device)
+    sampled_S = torch.tensor([x for _, completions in groups for c in completions for x in c.logprobs])
+    return float((sampled_S - reference.logprobs(batch, temperature).cpu()).mean())

@@ -15,7 +15,8 @@ from tuneloop.data.chat import render_completions, render_prompts
 from tuneloop.data.schema import Example
 from tuneloop.errors import TryAgain
 from tuneloop.models.forward import score
-from tuneloop.models.lora import LoraLinear, trainable_parameters
+from tuneloop.models.lora import trainable_parameters
+from tuneloop.models.lora_linear import LoraLinear
 from tuneloop.models.packed import Group, pack
 from tuneloop.progress import Progress
 from tuneloop.training.batching import micro_batches, packed_length

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tuneloop.errors import UserError
-from tuneloop.models.lora import LoraLinear
+from tuneloop.models.lora_linear import LoraLinear
 from tuneloop.models.sharding import TokenScorer, set_sharding
 from tuneloop.settings import OptimizerSettings
 from tuneloop.training.optim import MasterAdamW, require_finite, scheduled_rate

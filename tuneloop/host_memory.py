@@ -1,0 +1,22 @@
+"""How this process's allocator treats memory that training frees."""
+
+import ctypes
+
+# mallopt(3), glibc's numbers for its parameters.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD = 32 << 20
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next allocation instead of giving it back to the system.
+
+    Training on a CPU frees gigabytes of activations in every pass and asks for them again in the next one; each page
+    that comes back from the system costs a fault, 2 to 12 microseconds in a virtual machine: seconds an update. The
+    peak stays the same. Elsewhere than on glibc nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+    mallopt(_TRIM_THRESHOLD, -1)
