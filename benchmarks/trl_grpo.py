@@ -65,7 +65,8 @@ def compare(model: str, shape: str, updates: int, trl_updates: int, earlier: dic
     best = next((measured["trl"]["variant"] for measured in earlier.values() if "trl_tried" in measured), "")
     tried = {} if best else {variant: _child("trl", model, shape, "1", variant) for variant in VARIANTS}
     best = best or min(tried, key=lambda variant: tried[variant]["seconds"][-1])
-    peer = _child("trl", model, shape, str(trl_updates), best)
+    peer = tried.get(best) if trl_updates == 1 else None
+    peer = peer or _child("trl", model, shape, str(trl_updates), best)
     second = _child("ours", model, shape, str(updates))
     rate = matmul_rate()
     return {

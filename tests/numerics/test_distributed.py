@@ -4,8 +4,8 @@ float32: sums are made in another order, so masters of about 0.1 may differ by 2
 first step's norm to 1e-5; then factors that round to another bfloat16 set the two apart, here by 5e-5 on average and
 3e-3 at most after two steps at a learning rate of 0.01, by the same in all three stages.
 
-Stage 3 puts layers together one by one, so those that read the same input are multiplied one by one; what it is compared
-with does so too, since in bfloat16 their gradients then round differently (the first step's norm by 4e-4).
+Stage 3 puts layers together one by one, so those that read the same input are multiplied one by one; what it is
+compared with does so too, since in bfloat16 their gradients then round differently (the first step's norm by 4e-4).
 """
 
 from pathlib import Path
