@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.common import REPOSITORY, RESULTS, Row, table
 
-GSM8K = Path(os.environ.get("GSM8K") or REPOSITORY.parent / "shared" / "data" / "gsm8k" / "train.jsonl")
+GSM8K = Path(os.environ.get("GSM8K") or REPOSITORY / "data" / "gsm8k" / "train.jsonl")
 
 
 @dataclass(frozen=True)
