@@ -125,7 +125,7 @@ def test_chunked_attention_and_head_equal_unchunked(monkeypatch: pytest.MonkeyPa
     whole = score(model, batch).logprobs_S
     whole.sum().backward()
     reference = gradients(layers)
-    monkeypatch.setattr("tuneloop.models.grouped_attention.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("tuneloop.models.attention_pieces.CHUNK_ELEMENTS", 1)
     monkeypatch.setattr("tuneloop.models.logprobs.CHUNK_ELEMENTS", 1)
     pieces = score(model, batch).logprobs_S
     pieces.sum().backward()

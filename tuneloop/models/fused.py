@@ -31,17 +31,9 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, epsilon):
-        rows_TD = x.reshape(-1, x.shape[-1])
-        out = torch.empty_like(rows_TD)
-        inverse_T1 = torch.empty(rows_TD.shape[0], 1, device=x.device)
-        for part in _pieces(rows_TD):
-            values = rows_TD[part].to(torch.float32, copy=True)  # worked on in place
-            inverse = torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-            inverse = inverse.add_(epsilon).rsqrt_()
-            inverse_T1[part] = inverse
-            torch.mul(values.mul_(inverse).to(x.dtype), weight, out=out[part])
+        out, inverse_T1 = _normed(x, weight, epsilon)
         ctx.save_for_backward(x, weight, inverse_T1)
-        return out.view_as(x)
+        return out
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[override]
@@ -51,12 +43,26 @@ class _RmsNorm(torch.autograd.Function):
         out = torch.empty_like(rows_TD)
         scale = weight.float()
         for part in _pieces(rows_TD):
-            inverse = inverse_T1[part]
-            normed = rows_TD[part].float() * inverse
-            incoming = gradient_TD[part].float() * scale
-            inner = torch.linalg.vecdot(incoming, normed).div_(normed.shape[-1])
-            out[part] = incoming.sub_(normed.mul_(inner[:, None])).mul_(inverse)
+            inverse, values = inverse_T1[part], rows_TD[part].float()
+            incoming = gradient_TD[part].to(torch.float32, copy=True).mul_(scale)
+            inner = torch.linalg.vecdot(incoming, values).div_(values.shape[-1])
+            incoming.addcmul_(values, inner[:, None] * inverse.square(), value=-1.0)
+            torch.mul(incoming, inverse, out=out[part])
         return out.view_as(gradient), None, None
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm, and 1/rms of every row (T, 1) in fp32."""
+    rows_TD = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(rows_TD)
+    inverse_T1 = torch.empty(rows_TD.shape[0], 1, device=x.device)
+    for part in _pieces(rows_TD):
+        values = rows_TD[part].to(torch.float32, copy=True)  # worked on in place
+        inverse = torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse = inverse.add_(epsilon).rsqrt_()
+        inverse_T1[part] = inverse
+        torch.mul(values.mul_(inverse).to(x.dtype), weight, out=out[part])
+    return out.view_as(x), inverse_T1
 
 
 class _SiluTimes(torch.autograd.Function):
@@ -118,6 +124,8 @@ def fuse(model: PreTrainedModel) -> None:
 def _norm_forward(self, x: torch.Tensor) -> torch.Tensor:
     if self.weight.requires_grad:
         return type(self).forward(self, x)
+    if not torch.is_grad_enabled():
+        return _normed(x, self.weight, self.variance_epsilon)[0]
     return _RmsNorm.apply(x, self.weight, self.variance_epsilon)
 
 

@@ -52,11 +52,11 @@ class GroupCache:
             store[:] = [F.pad(tensor, (0, 0, 0, length - own_length)) for tensor in store]
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` tokens a completion; room doubles, so copying stays cheap."""
+        """Make room for `length` tokens a completion; room grows by a quarter, so copying stays cheap."""
         room = self.own_keys[0].shape[3] if self.own_keys else 0
         if length <= room:
             return
-        room = max(length, 2 * room, 16)
+        room = -(-max(length, room + room // 4) // 16) * 16
         for store in (self.own_keys, self.own_values):
             for layer, prompt in enumerate(self.prompt_keys):
                 n, k, _, d = prompt.shape
@@ -135,8 +135,9 @@ class Decode:
         # The whole room is multiplied: a part of it would have to be copied first.
         prompt_keys, prompt_values = self.cache.prompt_keys[layer], self.cache.prompt_values[layer]
         shared = query @ prompt_keys.flatten(0, 1).transpose(1, 2)
-        own = query.view(n * k * g, -1, d) @ own_keys.view(-1, room, d).transpose(1, 2)
-        scores = torch.cat([shared, own.view(n * k, -1, room)], dim=-1).view(n, k, query.shape[1], -1)
+        # Keys on the left: what stands there need not be packed first.
+        own = (own_keys.view(-1, room, d) @ query.view(n * k * g, -1, d).transpose(1, 2)).transpose(1, 2)
+        scores = torch.cat([shared, own.reshape(n * k, -1, room)], dim=-1).view(n, k, query.shape[1], -1)
         weights = scores.add_(self.hidden).softmax(-1, dtype=torch.float32).to(scores.dtype).flatten(0, 1)
         length = prompt_keys.shape[2]
         out = weights[..., :length] @ prompt_values.flatten(0, 1)
