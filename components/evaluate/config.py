@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from tuneloop.config import StrictModel
 from tuneloop.evaluation.settings import GateSettings, HarnessSettings
-from tuneloop.rollout.settings import EngineSettings
+from tuneloop.rollout.settings import EngineSettings, logprobs_mode
 from tuneloop.settings import PositiveInt, SamplingSettings
 
 
@@ -30,6 +30,8 @@ class EvaluateConfig(StrictModel):
             raise ValueError(f"pass_k holds {max(self.pass_k)}, but only samples = {self.samples} are drawn")
         if self.harness and self.engine.kind != "torch":
             raise ValueError('harness needs the built-in engine: set engine.kind = "torch", or leave the harness out')
+        if self.engine.kind == "vllm":
+            logprobs_mode(self.sampling)
         if self.min_prompts > self.prompts:
             raise ValueError(f"min_prompts = {self.min_prompts} exceeds prompts = {self.prompts}: no run could pass")
         return self

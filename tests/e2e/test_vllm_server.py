@@ -38,10 +38,10 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "ci.toml"
 BASE = "tiny://qwen2?seed=0&hidden_size=128&heads=4&kv_heads=2"  # heads of 32: vLLM's CPU kernels know none of 16
 UPDATES = 14
 SETTINGS = (
-    f"model.uri={BASE}", "sft_warmup.updates=20", "lora_rl.engine.kind=vllm", "lora_rl.engine.sync=adapter",
+    f"model.uri={BASE}", "sft_warmup.updates=30", "lora_rl.engine.kind=vllm", "lora_rl.engine.sync=adapter",
     "lora_rl.engine.max_sequences=512",
     f"lora_rl.updates={UPDATES}", "lora_rl.prompts_per_update=64", "lora_rl.optimizer.learning_rate=0.002",
-    "lora_rl.validate_every=7", "lora_rl.algorithm.minibatches=1",
+    "lora_rl.validate_every=7", "lora_rl.algorithm.minibatches=4",
 )  # fmt: skip
 CLOCK_AND_MEMORY = ("time", "seconds/", "tokens_per_second/", "memory/")  # columns that differ from run to run
 

@@ -114,5 +114,11 @@ def test_what_the_engine_cannot_do_is_refused_in_the_config(settings: tuple[str,
     tiny_config(*(f"lora_rl.{setting}" for setting in settings[:-1]))
 
 
+def test_sampling_that_vllm_cannot_report_is_refused_for_the_evaluation_too():
+    with pytest.raises(UserError, match="before top_k and top_p"):
+        tiny_config("evaluate.engine.kind=vllm", "evaluate.sampling.top_k=20")  # at the default temperature, 0.7
+    tiny_config("evaluate.engine.kind=vllm", "evaluate.sampling.top_k=20", "evaluate.sampling.temperature=1.0")
+
+
 def test_a_resolved_config_is_read_again():
     assert EngineSettings(**EngineSettings().model_dump()) == EngineSettings()
