@@ -116,7 +116,7 @@ def test_what_the_engine_cannot_do_is_refused_in_the_config(settings: tuple[str,
 
 def test_sampling_that_vllm_cannot_report_is_refused_for_the_evaluation_too():
     with pytest.raises(UserError, match="before top_k and top_p"):
-        tiny_config("evaluate.engine.kind=vllm", "evaluate.sampling.top_k=20")  # at the default temperature, 0.7
+        tiny_config("evaluate.engine.kind=vllm", "evaluate.sampling.temperature=0.7", "evaluate.sampling.top_k=20")
     tiny_config("evaluate.engine.kind=vllm", "evaluate.sampling.top_k=20", "evaluate.sampling.temperature=1.0")
 
 
