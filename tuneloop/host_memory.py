@@ -3,7 +3,7 @@
 import ctypes
 
 # mallopt(3), glibc's numbers for its parameters.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _LARGEST_MMAP_THRESHOLD = 32 << 20
 
 
@@ -20,3 +20,4 @@ def keep_freed_memory() -> None:
         return
     mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
     mallopt(_TRIM_THRESHOLD, -1)
+    mallopt(_ARENA_MAX, 1)  # autograd's thread frees into the heap that the forward pass asks

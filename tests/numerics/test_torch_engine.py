@@ -172,7 +172,7 @@ def test_the_canary_notices_matrices_that_stopped_moving(folder: Path, monkeypat
     layers, _, sync = trainer_with(load_model(folder, "float32"), folder)
     sync()
     next(iter(layers.values())).B.data.add_(1e-4)
-    monkeypatch.setattr("tuneloop.rollout.torch_engine.fold", lambda *arguments: None)
+    monkeypatch.setattr("tuneloop.rollout.merged_weights.fold", lambda *arguments: None)
     with pytest.raises(CanaryFailed, match="differ by"):
         sync()
 

@@ -5,21 +5,13 @@ its own that they see, P longest prompt, T packed tokens (row T is a row of zero
 key/value heads, M query heads a key/value head.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cache
 
 import torch
 
 CHUNK_ELEMENTS = 1 << 20  # attention scores held at once: about what a core keeps in its second-level cache
-_FEWEST_ROWS = 64  # query rows of a piece, if scores must be cut even within a completion
-
-
-class GroupLayout(Protocol):
-    """Where prompts and completions lie in the packed row; see `PackedBatch`."""
-
-    prompt_index_NP: torch.Tensor
-    fed_index_NGC: torch.Tensor
+_ROWS = 64  # query rows of a piece: what lies in their future is multiplied in vain
 
 
 @dataclass(frozen=True)
@@ -33,7 +25,7 @@ class Piece:
         query_place: of the queries, (n, K, G, C).
         key_place: of the completions' own keys, (n, K, G, L).
         prompt_place: of the shared prompts' keys, (n, K, P); None for the prompts' own attention.
-        future: added to own scores, (L, C·M): 0, or -inf for what a query row must not see.
+        future: added to the scores of the last C own keys, (C, C·M): 0, or -inf for what a query row must not see.
     """
 
     query_place: torch.Tensor
@@ -47,7 +39,9 @@ class Piece:
 
     def own_scores(self, q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Own rows · q^T without what lies in a query's future, shape (n, K, G, L, C·M)."""
-        return self.own_products(q, rows).add_(self.future)
+        scores = self.own_products(q, rows)
+        scores[..., -self.future.shape[0] :, :].add_(self.future)
+        return scores
 
     def own_products(self, q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Own rows · q^T, shape (n, K, G, L, C·M)."""
@@ -90,35 +84,74 @@ class Piece:
         return _take(rows, self.prompt_place).flatten(0, 1)
 
 
-def pieces(layout: GroupLayout, heads: int, kv_heads: int, dtype: torch.dtype) -> Iterator[Piece]:
-    """The prompts' own attention, then the completions'; no piece has more than about `CHUNK_ELEMENTS` scores."""
-    prompts = layout.prompt_index_NP
-    yield from _cut(prompts[:, None, :], None, heads, kv_heads, dtype)
-    if layout.fed_index_NGC.numel():
-        yield from _cut(layout.fed_index_NGC, prompts, heads, kv_heads, dtype)
+def pieces(
+    prompt_index_NP: torch.Tensor,
+    prompt_length_N: torch.Tensor,
+    fed_index_NGC: torch.Tensor,
+    fed_length_NG: torch.Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+) -> list[Piece]:
+    """The prompts' own attention, then the completions'; no piece has more than about `CHUNK_ELEMENTS` scores.
+
+    Prompts of similar length share pieces, and no piece is wider than the longest of its own. The indices and lengths
+    are those of `PackedBatch`.
+    """
+    order = prompt_length_N.argsort(stable=True)
+    lengths_N, index_NP = prompt_length_N[order], prompt_index_NP[order]
+    made = _cut(index_NP[:, None], lengths_N[:, None], None, heads, kv_heads, dtype)
+    if fed_index_NGC.numel():
+        shared = _Shared(index_NP, lengths_N.tolist())
+        made += _cut(fed_index_NGC[order], fed_length_NG[order], shared, heads, kv_heads, dtype)
+    return made
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """The prompts that completions see, in rising order of length."""
+
+    index_NP: torch.Tensor
+    lengths: list[int]
 
 
 def _cut(
-    own_NGC: torch.Tensor, prompts_NP: torch.Tensor | None, heads: int, kv_heads: int, dtype: torch.dtype
-) -> Iterator[Piece]:
+    own_NGC: torch.Tensor,
+    length_NG: torch.Tensor,
+    shared: _Shared | None,
+    heads: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+) -> list[Piece]:
     n, g, c = own_NGC.shape
-    room = CHUNK_ELEMENTS // (heads * (c + (0 if prompts_NP is None else prompts_NP.shape[1])))  # query rows
-    rows = min(c, max(_FEWEST_ROWS, room))
-    completions = min(g, max(1, room // c))
-    prompts = max(1, room // (g * c))
-    place_C = torch.arange(c, device=own_NGC.device)
-    own_NKGC = _places(own_NGC, kv_heads)
-    prompts_NKP = None if prompts_NP is None else _places(prompts_NP, kv_heads)
-    for row in range(0, c, rows):
-        end = min(c, row + rows)
-        future = torch.zeros(end, end - row, dtype=dtype, device=own_NGC.device)
-        future.masked_fill_(place_C[:end, None] > place_C[row:end], float("-inf"))
-        future = future.repeat_interleave(heads // kv_heads, 1)
-        for first in range(0, n, prompts):
-            prompt_place = None if prompts_NKP is None else prompts_NKP[first : first + prompts]
-            for member in range(0, g, completions):
-                own = own_NKGC[first : first + prompts, :, member : member + completions]
-                yield Piece(own[..., row:end], own[..., :end], prompt_place, future)
+    width = c + (shared.index_NP.shape[1] if shared else 0)
+    room = CHUNK_ELEMENTS // (heads * width)  # query rows
+    rows = min(c, _ROWS)
+    members, prompts = min(g, max(1, room // rows)), max(1, room // (g * rows))
+    made = []
+    for first in range(0, n, prompts):
+        chosen = slice(first, first + prompts)
+        prompt_place = None
+        if shared:
+            prompt_place = _places(shared.index_NP[chosen, : shared.lengths[chosen][-1]], kv_heads)
+        for member in range(0, g, members):
+            some = slice(member, member + members)
+            length = int(length_NG[chosen, some].max())
+            place = _places(own_NGC[chosen, some, :length], kv_heads)
+            for row in range(0, length, rows):
+                end = min(length, row + rows)
+                future = _future(end - row, heads // kv_heads, dtype, place.device)
+                made.append(Piece(place[..., row:end], place[..., :end], prompt_place, future))
+    return made
+
+
+@cache
+def _future(rows: int, repeats: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(rows, rows * repeats): -inf where a key comes after a query row."""
+    places = torch.arange(rows, device=device)
+    future = torch.zeros(rows, rows, dtype=dtype, device=device)
+    return future.masked_fill_(places[:, None] > places, float("-inf")).repeat_interleave(repeats, 1)
 
 
 def _places(index: torch.Tensor, kv_heads: int) -> torch.Tensor:

@@ -25,6 +25,10 @@ _NORMS = {"LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm", "Smo
 _ATTENTIONS = {"LlamaAttention", "Qwen2Attention", "Qwen3Attention", "MistralAttention"}
 _GATED = {"LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP", "SmolLM3MLP"}
 
+# Projections of one input; `projected_together` of a fused module holds those that it makes at once.
+_QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
+_GATE_UP = ("gate_proj", "up_proj")
+
 
 class _RmsNorm(torch.autograd.Function):
     """weight * x / sqrt(mean(x^2) + eps) over the last axis; the weight is frozen."""
@@ -115,10 +119,12 @@ def fuse(model: PreTrainedModel) -> None:
         name = type(module).__name__
         if name in _ATTENTIONS:
             module.forward = MethodType(_attention_forward, module)
+            module.__dict__["projected_together"] = [_QUERY_KEY_VALUE]
         elif name in _NORMS:
             module.forward = MethodType(_norm_forward, module)
         elif name in _GATED and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
             module.forward = MethodType(_gated_forward, module)
+            module.__dict__["projected_together"] = [_GATE_UP]
 
 
 def _norm_forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,7 +136,7 @@ def _norm_forward(self, x: torch.Tensor) -> torch.Tensor:
 
 
 def _gated_forward(self, x: torch.Tensor) -> torch.Tensor:
-    return self.down_proj(_SiluTimes.apply(*project([self.gate_proj, self.up_proj], x)))
+    return self.down_proj(_SiluTimes.apply(*project([getattr(self, name) for name in _GATE_UP], x)))
 
 
 def _attention_forward(
@@ -146,7 +152,7 @@ def _attention_forward(
     x_TD = hidden_states[0]
     query, key, value = (
         projected.view(x_TD.shape[0], -1, self.head_dim)
-        for projected in project([self.q_proj, self.k_proj, self.v_proj], x_TD)
+        for projected in project([getattr(self, name) for name in _QUERY_KEY_VALUE], x_TD)
     )
     if hasattr(self, "q_norm"):
         query, key = self.q_norm(query), self.k_norm(key)

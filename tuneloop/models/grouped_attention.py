@@ -13,9 +13,20 @@ its own that they see, P longest prompt, T packed tokens (row T is a row of zero
 key/value heads, M query heads a key/value head, D head size.
 """
 
+from typing import Protocol
+
 import torch
 
-from tuneloop.models.attention_pieces import GroupLayout, pieces
+from tuneloop.models.attention_pieces import Piece
+
+
+class GroupLayout(Protocol):
+    """Where prompts and completions lie in the packed row; see `PackedBatch`."""
+
+    def pieces(self, heads: int, kv_heads: int, dtype: torch.dtype) -> list[Piece]:
+        """How their attention is cut."""
+        ...
+
 
 _HIDDEN = -30_000.0  # added to the score of a key that is padding: exp of it is 0 in every dtype
 
@@ -31,7 +42,7 @@ class GroupedAttention(torch.autograd.Function):
         rows_k[-1, :, size] = _HIDDEN
         out = query.new_empty(tokens + 1, heads, size)
         lse = torch.empty(tokens + 1, heads, device=query.device)
-        for piece in pieces(layout, heads, key.shape[1], query.dtype):
+        for piece in layout.pieces(heads, key.shape[1], query.dtype):
             q = piece.queries(rows_q)
             own = piece.own_scores(q, rows_k)
             top = own.amax(-2, keepdim=True)
@@ -66,7 +77,7 @@ class GroupedAttention(torch.autograd.Function):
         rows_v = _widened(value, [1.0, 1.0])
         d_query = query.new_empty(tokens + 1, heads, size)
         d_key, d_value = (key.new_zeros(tokens + 1, *key.shape[1:]) for _ in range(2))
-        for piece in pieces(ctx.layout, heads, key.shape[1], query.dtype):
+        for piece in ctx.layout.pieces(heads, key.shape[1], query.dtype):
             q, o = piece.queries(rows_q), piece.queries(rows_o)
             weights = piece.own_scores(q, rows_k).exp_()
             d_scores = piece.own_products(o, rows_v).mul_(weights)

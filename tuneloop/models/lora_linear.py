@@ -48,7 +48,13 @@ class LoraLinear(nn.Module):
 
 
 def project(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
-    """What each of the layers makes of the same input; adapters pass over it, and over its gradient, together."""
+    """What each of the layers makes of the same input; adapters pass over it, and over its gradient, together.
+
+    An engine may have put `products` on the first of them, which makes all at once.
+    """
+    products = layers[0].__dict__.get("products")
+    if products is not None:
+        return products(x)
     adapted = [layer for layer in layers if _joinable(layer)]
     if len(adapted) < len(layers):
         return [layer(x) for layer in layers]

@@ -9,10 +9,11 @@ T packed tokens, H query heads, K key/value heads, D head size, S scored tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from tuneloop.models.attention_pieces import Piece, pieces
 from tuneloop.models.grouped_attention import GroupedAttention
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]
@@ -43,11 +44,22 @@ class PackedBatch:
     completion_of_S: torch.Tensor
     row_S: torch.Tensor
     target_S: torch.Tensor
+    _pieces: dict[tuple[int, int, torch.dtype], list[Piece]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def shared_S(self) -> torch.Tensor:
         """Which scored tokens are predicted by a prompt's last row; all completions of a group share it."""
         return self.row_S < self.prompt_tokens
+
+    def pieces(self, heads: int, kv_heads: int, dtype: torch.dtype) -> list[Piece]:
+        """How attention is cut; every layer's, forward and backward, is cut alike."""
+        key = heads, kv_heads, dtype
+        if key not in self._pieces:
+            self._pieces[key] = pieces(
+                self.prompt_index_NP, self.prompt_length_N, self.fed_index_NGC, self.fed_length_NG,
+                heads=heads, kv_heads=kv_heads, dtype=dtype,
+            )  # fmt: skip
+        return self._pieces[key]
 
     def attend(
         self, layer: int, query_THD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, scaling: float
