@@ -45,6 +45,18 @@ def no_trl() -> str:
     return "" if find_spec("trl") else "trl is not installed; pip install 'tuneloop[bench]'"
 
 
+def no_trl_on_a_cpu() -> str:
+    """Its clock does not wait for a GPU; there, `gpu.py` compares with TRL."""
+    return no_trl() or on_a_gpu()
+
+
+def on_a_gpu() -> str:
+    """For those that read the host's memory."""
+    import torch
+
+    return "it measures a CPU; on a GPU run benchmarks/gpu.py" if torch.cuda.is_available() else ""
+
+
 def no_gpu() -> str:
     """Nor is every machine one with a GPU."""
     import torch
@@ -55,11 +67,11 @@ def no_gpu() -> str:
 LOOK = ("--config", "configs/ci.toml", "--updates", "2", "--sweep", "512:64")
 TINY_GPU = ("--shape", "tiny", "--prompts", "2", "--group", "2", "--new-tokens", "8", "--steps", "1")
 BENCHMARKS = (
-    Benchmark("trl_grpo", missing=no_trl),
-    Benchmark("lora_vs_full", quick=LOOK),
+    Benchmark("trl_grpo", missing=no_trl_on_a_cpu),
+    Benchmark("lora_vs_full", quick=LOOK, missing=on_a_gpu),
     Benchmark("engines", quick=("--work", "2x2x8")),
     Benchmark("packing", ("--gsm8k", str(GSM8K.parent)), ("--gsm8k", str(GSM8K.parent), "--prompts", "64"), no_gsm8k),
-    Benchmark("joint"),
+    Benchmark("joint", missing=on_a_gpu),
     Benchmark("plan"),
     Benchmark("rank_schedule", quick=("--seeds", "1")),
     Benchmark("flowrl_toy"),

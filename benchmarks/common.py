@@ -16,6 +16,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from tuneloop.memory import TRAINING_ENVIRONMENT
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
@@ -80,7 +82,7 @@ def table(rows: Sequence[Row]) -> str:
 def in_child(script: Path, *arguments: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
     """Run `script --child ARGUMENTS` in a process of its own; returns the JSON that its last line holds."""
     command = [sys.executable, str(script), "--child", *arguments]
-    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), **(environment or {})}
+    variables = {**os.environ, **TRAINING_ENVIRONMENT, "PYTHONPATH": str(REPOSITORY), **(environment or {})}
     done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

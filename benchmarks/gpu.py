@@ -116,7 +116,8 @@ def ours(request: argparse.Namespace, mode: str) -> dict[str, Any]:
         updates=request.steps + 1,
     )
     engine.sync(policy.adapter() if policy.layers else None)  # its merged matrices are no memory of the trainer
-    before = tensor_bytes()
+    adapter = sum(parameter.nbytes for layer in policy.layers.values() for parameter in (layer.A, layer.B))
+    before = tensor_bytes() - adapter  # which the trainer holds too
     learner = Learner(policy, settings, World(), max_new_tokens=request.new_tokens)
     prompts = [tokenizer(text)["input_ids"] for text in prompt_texts(request)]
     steps = [one_step(engine, learner, policy, prompts, request, number) for number in range(request.steps + 1)]
@@ -129,6 +130,7 @@ def ours(request: argparse.Namespace, mode: str) -> dict[str, Any]:
         "step_seconds": min(sum(step[name] for name in best) for step in steps[1:]),
         "tokens_per_second": made / best["collect"],
         "weights_bytes": weights,
+        "read_bytes": weights - looked_up_bytes(model),
         "cache_bytes_a_token": cache_bytes_a_token(model),
         "prompt_tokens": sum(map(len, prompts)) / len(prompts),
         "held_bytes": held,
@@ -204,6 +206,33 @@ def cache_bytes_a_token(model) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * width * 2
 
 
+def trl_config(request: argparse.Namespace) -> Any:
+    """TRL's settings; its passes divide the completions evenly, so that it makes as many as ours."""
+    import torch
+    from trl import GRPOConfig
+
+    total = request.prompts * request.group
+    batch = max(size for size in range(1, min(request.trl_batch, total) + 1) if total % size == 0)
+    return GRPOConfig(
+        output_dir=f"{request.scratch}/trl",
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=total // batch,
+        num_generations=request.group,
+        max_completion_length=request.new_tokens,
+        generation_kwargs={"min_new_tokens": request.new_tokens},
+        max_steps=request.steps + 1,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        beta=0.0,
+        learning_rate=1e-4,
+        gradient_checkpointing=False,
+        temperature=1.0,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+
+
 def trl(request: argparse.Namespace) -> dict[str, Any]:
     """In the child: TRL's GRPOTrainer on the same work."""
     import torch
@@ -213,11 +242,9 @@ def trl(request: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     import_utils.is_vllm_available = lambda *_, **__: False  # one that is installed would only be imported
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     folder = model_folder(request.model or request.shape, Path(request.scratch))
-    on_gpu, total = torch.cuda.is_available(), request.prompts * request.group
-    batch = min(request.trl_batch, total)
     log: dict[str, list[float]] = {"step": [], "generate": []}
 
     class Timed(GRPOTrainer):
@@ -242,24 +269,7 @@ def trl(request: argparse.Namespace) -> dict[str, Any]:
         reward_funcs=lambda completions, **_: [float(k % 2) for k in range(len(completions))],
         train_dataset=Dataset.from_dict({"prompt": texts}),
         peft_config=LoraConfig(r=request.rank, lora_alpha=request.rank, target_modules="all-linear"),
-        args=GRPOConfig(
-            output_dir=f"{request.scratch}/trl",
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=-(-total // batch),
-            num_generations=request.group,
-            max_completion_length=request.new_tokens,
-            generation_kwargs={"min_new_tokens": request.new_tokens},
-            max_steps=request.steps + 1,
-            bf16=True,
-            use_cpu=not on_gpu,
-            beta=0.0,
-            learning_rate=1e-4,
-            gradient_checkpointing=False,
-            temperature=1.0,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-        ),
+        args=trl_config(request),
         callbacks=[Clock()],
     )
     with MemoryWindow() as window:
@@ -345,6 +355,12 @@ def rows_of(measured: dict[str, Any], request: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def looked_up_bytes(model: Any) -> int:
+    """Of an embedding that is no output head: a step reads a few of its rows."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return 0 if embedding is head else embedding.nbytes
+
+
 def seconds_row(what: str, mine: float, theirs: float, whose: str) -> Row:
     """Two times; the ratio is how many times faster we are."""
     return Row(what, f"{mine:.3f}", f"{theirs:.3f} {whose}", theirs / mine, "more is better")
@@ -355,7 +371,7 @@ def decode_floor(lora: dict[str, Any], machine: dict[str, Any], request: argpars
     steps, sequences = lora["decode"]["steps"], request.prompts * request.group
     shared = request.prompts * lora["prompt_tokens"] * steps
     own = sequences * steps * (steps + 1) / 2
-    read = steps * lora["weights_bytes"] + (shared + own) * lora["cache_bytes_a_token"]
+    read = steps * lora["read_bytes"] + (shared + own) * lora["cache_bytes_a_token"]
     # A copy reads and writes; a read alone gets about the same rate out of the same bus.
     return read / machine["copy_bytes_per_second"]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import REPOSITORY, Row, in_child, save, seconds_of
+from tuneloop.memory import TRAINING_ENVIRONMENT
 
 RANKS = (8, 16, 32, 64)
 ALLOWED = 0.4  # of the four runs' memory
@@ -110,7 +111,7 @@ def run(scratch: Path, step: str, overrides: list[str], *arguments: str) -> dict
 
 def measured(scratch: Path, module: list[str]) -> dict[str, float]:
     """Run `python -m module…` in the scratch folder; its seconds and its peaks in bytes, looked at every 5 ms."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, **TRAINING_ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", *module], cwd=scratch, env=environment, stdout=subprocess.DEVNULL)
     peaks = {"rss": 0.0, "anonymous": 0.0}

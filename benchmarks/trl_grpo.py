@@ -127,7 +127,7 @@ def ours(model_uri: str, shape: str, updates: str) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     from tuneloop.data.chat import render_prompts
-    from tuneloop.host_memory import keep_freed_memory
+    from tuneloop.memory import keep_freed_memory
     from tuneloop.rollout.engine import SampleStream
     from tuneloop.settings import SamplingSettings
     from tuneloop.training.world import World

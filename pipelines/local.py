@@ -19,6 +19,7 @@ from components.runner import record_failure
 from pipelines.step_log import StepLog
 from tuneloop.config import resolved_json
 from tuneloop.errors import EXIT_GATE_REFUSED, EXIT_TRY_AGAIN, EXIT_USER_ERROR, TryAgain, TuneloopError
+from tuneloop.memory import TRAINING_ENVIRONMENT
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _SHELLS = ("sh", "bash", "dash")  # kfp wraps every step in one
@@ -100,7 +101,7 @@ def _run_pipeline(config: RunConfig, run_folder: Path, scratch: str, pipeline: C
 def _environment(scratch: str) -> Iterator[None]:
     """Steps find our packages, print without delay, and put temporary files where we remove them."""
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    wanted = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TMPDIR": scratch}
+    wanted = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TMPDIR": scratch, **TRAINING_ENVIRONMENT}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

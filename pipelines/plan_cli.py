@@ -43,28 +43,32 @@ def _count(text: str) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     """Exit code 2 when it fits none of the kinds that were asked for."""
-    from components.check.plan_inputs import plan_inputs
+    from components.check.plan_inputs import may_change, plan_inputs
     from components.config import load_run_config
     from tuneloop.plan.fit import nearest_fit
     from tuneloop.plan.plan import make_plan
-    from tuneloop.plan.render import render_head, render_plan
+    from tuneloop.plan.render import render_head, render_plan, render_refusal
     from tuneloop.plan.shapes import read_shape
 
     config = load_run_config(arguments.config, tuple(arguments.set))
     inputs = plan_inputs(config, read_shape(Path(arguments.model_config)) if arguments.model_config else None)
     gpus = arguments.gpus or config.check.gpus
-    host = int(arguments.host_memory * 1e9) or config.check.host_memory_bytes
-    devices = _devices(arguments.gpu or [config.check.gpu or "cpu"], host)
+    here = int(arguments.host_memory * 1e9)
+    devices = _devices(arguments.gpu or [config.check.gpu or "cpu"], here)
+    allowed = may_change(config)
     records, texts, fits = [], [render_head(inputs, config.name)], False
     for device in devices:
         count = 1 if device.is_cpu else gpus
+        host = here or (0 if device.is_cpu else config.check.host_memory_bytes)
         try:
             plan = make_plan(inputs, device, count, host)
         except UserError as error:
-            records.append({"device": device.kind, "gpus": count, "fits": False, "error": str(error)})
-            texts.append(f"{count} x {device.kind}: {error}")
+            fit = nearest_fit(inputs, device, count, host, allowed=allowed)
+            lines = fit.toml() if fit else None
+            records.append({"device": device.kind, "gpus": count, "fits": False, "error": str(error), "nearest": lines})
+            texts.append(render_refusal(f"{count} x {device.kind}: {error}", fit))
             continue
-        fit = None if plan.fits else nearest_fit(inputs, device, count, host)
+        fit = None if plan.fits else nearest_fit(inputs, device, count, host, allowed=allowed)
         fits = fits or plan.fits
         records.append({**plan.record(), "nearest": fit.toml() if fit else None})
         texts.append(render_plan(plan, fit))

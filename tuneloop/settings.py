@@ -6,6 +6,7 @@ Settings that belong to one step alone are in that step's `components/<step>/con
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     PlainSerializer,
     ValidatorFunctionWrapHandler,
@@ -30,6 +31,15 @@ def _number_or_auto(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
 _AUTO = (WrapValidator(_number_or_auto), PlainSerializer(lambda value: value))
 AutoRank = Annotated[int, Field(ge=1, le=4096), *_AUTO]
 AutoRate = Annotated[float, Field(gt=0.0, le=1.0), *_AUTO]
+
+
+def _zero_or_not_tiny(temperature: float) -> float:
+    if 0.0 < temperature < 1e-3:
+        raise ValueError("use 0 for greedy decoding, or at least 0.001: logits divided by less overflow")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0.0, le=10.0), AfterValidator(_zero_or_not_tiny)]
 
 
 class ModelSettings(StrictModel):
@@ -122,6 +132,6 @@ class OptimizerSettings(StrictModel):
 class SamplingSettings(StrictModel):
     """How completions are drawn. temperature 0 is greedy."""
 
-    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
+    temperature: Temperature = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0  # 0: off
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # 1: off

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from components.check.plan_inputs import plan_inputs
+from components.check.plan_inputs import may_change, plan_inputs
 from components.config import RunConfig
 from tuneloop.errors import UserError
 from tuneloop.plan.devices import Device, find_gpu, machine_memory_bytes
@@ -39,16 +39,16 @@ def check_hardware(config: RunConfig, model_folder: Path) -> tuple[dict[str, Any
     plan = make_plan(inputs, device, gpus, host)
     print(render_plan(plan, None), flush=True)
     if not plan.fits:
-        raise UserError(refusal(plan, inputs))
+        raise UserError(refusal(plan, inputs, config))
     tight = [f"memory: the plan needs {plan.needed / device.memory_bytes:.0%} of it, which is within the plan's error"]
     return plan.record(), tight if plan.is_tight else []
 
 
-def refusal(plan: Plan, inputs: PlanInputs) -> str:
+def refusal(plan: Plan, inputs: PlanInputs, config: RunConfig) -> str:
     """One line: what limits the run, and the nearest setting that fits."""
     limit = plan.limits[0]
     where = "this machine" if plan.device.is_cpu else f"{plan.gpus} x {plan.device.kind}"
-    fit = nearest_fit(inputs, plan.device, plan.gpus, plan.host_bytes)
+    fit = nearest_fit(inputs, plan.device, plan.gpus, plan.host_bytes, allowed=may_change(config))
     advice = "use more or larger GPUs, or a smaller model" if not plan.device.is_cpu else "use a smaller model"
     if fit:
         changed = ", ".join(f"{change.table}.{change.line}" for change in fit.changes)

@@ -7,7 +7,13 @@ from pydantic import Field, model_validator
 from tuneloop.config import StrictModel
 from tuneloop.evaluation.settings import GateSettings, HarnessSettings
 from tuneloop.rollout.settings import EngineSettings, logprobs_mode
-from tuneloop.settings import PositiveInt, SamplingSettings
+from tuneloop.settings import PositiveInt, SamplingSettings, Temperature
+
+
+class EvaluationSampling(SamplingSettings):
+    """How pass@k's completions are drawn: a little cooler than a rollout."""
+
+    temperature: Temperature = 0.7
 
 
 class EvaluateConfig(StrictModel):
@@ -17,7 +23,7 @@ class EvaluateConfig(StrictModel):
     min_prompts: PositiveInt = 64  # fewer held-out prompts than this are refused
     samples: PositiveInt = 4  # completions a prompt for pass@k
     pass_k: tuple[PositiveInt, ...] = (1, 4)
-    sampling: SamplingSettings = SamplingSettings(temperature=0.7)
+    sampling: EvaluationSampling = EvaluationSampling()
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     max_sequences: PositiveInt = 512  # decoded at once
     engine: EngineSettings = EngineSettings()  # kind = "vllm": for a model that one GPU cannot hold
@@ -30,6 +36,10 @@ class EvaluateConfig(StrictModel):
             raise ValueError(f"pass_k holds {max(self.pass_k)}, but only samples = {self.samples} are drawn")
         if self.harness and self.engine.kind != "torch":
             raise ValueError('harness needs the built-in engine: set engine.kind = "torch", or leave the harness out')
+        if self.engine.max_sequences != EngineSettings().max_sequences:
+            raise ValueError(
+                "engine.max_sequences is the rollouts'; the evaluation decodes evaluate.max_sequences at once"
+            )
         if self.engine.kind == "vllm":
             logprobs_mode(self.sampling)
         if self.min_prompts > self.prompts:

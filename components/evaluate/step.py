@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tuneloop.data.schema import Example
     from tuneloop.evaluation.accuracy import Comparison, ModelScores
     from tuneloop.evaluation.contenders import Contender
-    from tuneloop.evaluation.harness import ModelAnswers
+    from tuneloop.evaluation.harness import AnswerSettings, ModelAnswers
     from tuneloop.evaluation.lm_harness import Harness, Scores
 
 
@@ -33,7 +33,6 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     from tuneloop.evaluation.accuracy import compare, summarise
     from tuneloop.evaluation.contenders import answer_all
     from tuneloop.evaluation.gate import decide
-    from tuneloop.evaluation.harness import AnswerSettings
     from tuneloop.evaluation.lm_harness import guard_metrics
     from tuneloop.evaluation.lm_harness import record as harness_record
     from tuneloop.rewards.base import build_scorer
@@ -47,17 +46,8 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     if incumbent:
         contenders.append(incumbent.contender)
     harness = _harness(config, contenders)
-    asked = AnswerSettings(
-        samples=settings.samples,
-        sampling=settings.sampling,
-        max_new_tokens=config.task.max_new_tokens,
-        seed=config.seed,
-        at_once=settings.max_sequences,
-        engine=settings.engine,
-        max_length=config.model.max_length,
-        log=output / "engine.log",
-    )
-    answers = answer_all(contenders, examples, scorer, asked, config.model.dtype, harness.visit if harness else None)
+    asked, visit = _asked(config, output), harness.visit if harness else None
+    answers = answer_all(contenders, examples, scorer, asked, config.model.dtype, visit)
     scores = {name: summarise(made, settings.pass_k, settings.confidence) for name, made in answers.items()}
     comparisons = [
         compare(answers["candidate"], answers[name], name, metric, settings.confidence)
@@ -90,6 +80,21 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     print(f"gate: {'passed' if decision.passed else 'refused'}: {decision.reason}", flush=True)
     summary: Summary = {f"accuracy_{name}": one.accuracy.value for name, one in scores.items()}
     return summary | {"gate_passed": decision.passed, "gate_p_value": decision.p_value, "prompts": len(examples)}
+
+
+def _asked(config: RunConfig, output: Path) -> "AnswerSettings":
+    from tuneloop.evaluation.harness import AnswerSettings
+
+    return AnswerSettings(
+        samples=config.evaluate.samples,
+        sampling=config.evaluate.sampling,
+        max_new_tokens=config.task.max_new_tokens,
+        seed=config.seed,
+        at_once=config.evaluate.max_sequences,
+        engine=config.evaluate.engine,
+        max_length=config.model.max_length,
+        log=output / "engine.log",
+    )
 
 
 def _require_measured_guards(config: RunConfig, measured: tuple[str, ...], after: bool = False) -> None:

@@ -11,7 +11,7 @@ from components.lora_rl.warmup import WarmUp, read_warmup
 from tuneloop.data.chat import render_completion, render_prompt, require_chat_template
 from tuneloop.data.reader import read_examples
 from tuneloop.data.schema import Example
-from tuneloop.host_memory import keep_freed_memory
+from tuneloop.memory import keep_freed_memory
 from tuneloop.models.load import checkpoint_layers, load_model, load_tokenizer, reserve_model
 from tuneloop.models.sources import resolve_model
 from tuneloop.rewards.base import Scorer, build_scorer
@@ -19,7 +19,6 @@ from tuneloop.rollout.build import build_engine
 from tuneloop.rollout.engine import DEFAULT_ADAPTER, RolloutEngine
 from tuneloop.rollout.shared_weights import SharedWeights
 from tuneloop.rollout.weight_sync import Canary, WeightSync
-from tuneloop.training.rank_schedule import max_rank
 from tuneloop.training.rl import RlTask, RlTrainer
 from tuneloop.training.settings import RlSettings
 from tuneloop.training.stopping import StopRequest
@@ -109,7 +108,7 @@ def load_base(members: Sequence[Member]) -> Base:
         base_folder=first.folder,
         dtype=dtype,
         max_length=max(member.config.model.max_length for member in members),
-        max_rank=max(max_rank(m.settings.rank_schedule, m.config.lora.largest_rank) for m in members),
+        max_rank=max(m.settings.rank_schedule.largest(m.config.lora.largest_rank) for m in members),
         sampling=settings.sampling,
         log=first.output / "engine.log",
         max_adapters=len(members),

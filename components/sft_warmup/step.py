@@ -19,7 +19,7 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     """Warm the model up on prepared completions and write the adapter that RL starts from."""
     from tuneloop.data.chat import require_chat_template
     from tuneloop.data.reader import read_examples
-    from tuneloop.host_memory import keep_freed_memory
+    from tuneloop.memory import keep_freed_memory
     from tuneloop.models.adapter_io import save_adapter
     from tuneloop.models.load import checkpoint_layers, load_model, load_tokenizer, reserve_model
     from tuneloop.models.lora import attach, describe_targets, extract, peft_config

@@ -43,6 +43,7 @@ def test_full_arm_lifts_reward_and_its_engine_samples_the_new_weights(tmp_path: 
     assert metrics[-1]["reward/mean"] > metrics[1]["reward/mean"] + 0.3
     assert all(row["canary/changed"] == (row["update/steps"] > 0) for row in metrics[1:])
     assert all(row["canary/gap"] < 1e-4 for row in metrics[1:])
+    assert all(row["divergence/mean"] < 1e-4 for row in metrics[1:])  # also where no step was made
     assert all(not torch.equal(tensor, before[name]) for name, tensor in policy.model.named_parameters())
     assert result.adapter_digest == weights_digest(policy.model) != result.reference_digest
 

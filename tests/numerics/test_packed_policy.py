@@ -119,20 +119,30 @@ def test_entropy_and_temperature_equal_the_full_softmax(temperature: float):
     torch.testing.assert_close(scores.logprobs_S, distribution.log_prob(torch.tensor([8, 9, 10])), rtol=1e-4, atol=1e-5)
 
 
-def test_chunked_attention_and_head_equal_unchunked(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_chunked_attention_and_head_equal_unchunked(rows: int, monkeypatch: pytest.MonkeyPatch):
     model, layers = adapted_model("llama")
-    batch = pack(random_groups(4))
-    whole = score(model, batch).logprobs_S
+    whole = score(model, pack(random_groups(4))).logprobs_S
     whole.sum().backward()
     reference = gradients(layers)
     monkeypatch.setattr("tuneloop.models.attention_pieces.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("tuneloop.models.attention_pieces._ROWS", rows)
     monkeypatch.setattr("tuneloop.models.logprobs.CHUNK_ELEMENTS", 1)
+    batch = pack(random_groups(4))
     pieces = score(model, batch).logprobs_S
+    cut = [piece for held in batch._pieces.values() for piece in held]
+    assert max(piece.future.shape[0] for piece in cut) == rows
     pieces.sum().backward()
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
     for module, factors in gradients(layers).items():
         for mine, expected in zip(factors, reference[module], strict=True):
             torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_tokens_is_not_packed():
+    for groups in ([([], [[1]])], [([1, 2], [[], [3, 4]]), ([5], [[6, 7]])]):
+        with pytest.raises(ValueError, match="without tokens"):
+            pack(groups)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

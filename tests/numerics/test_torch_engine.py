@@ -217,3 +217,44 @@ def test_an_adapter_for_another_base_is_refused(folder: Path, engine: TorchEngin
     other = resolve_model("tiny://qwen2?seed=3&hidden_size=32", tmp_path)
     with pytest.raises(Exception, match="made for another base"):
         engine.sync(random_adapter(other))
+
+
+def saved_model(folder: Path, tokenizer_of: Path, kind: str, **sizes: object) -> Path:
+    """A random model of transformers' own, with the tiny model's tokenizer."""
+    for file in (*tokenizer_of.glob("*token*"), *tokenizer_of.glob("chat_template*")):
+        shutil.copy(file, folder)
+    common = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+              "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(common | sizes))).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_whose_rotary_positions_are_partial_decodes(folder: Path, tmp_path: Path):
+    """Its queries come in another order of memory."""
+    engine = TorchEngine(saved_model(tmp_path, folder, "glm", head_dim=8), dtype="float32")
+    sampled = generate(engine, PROMPTS, samples=2, sampling=SamplingSettings())
+    for prompt, completions in zip(PROMPTS, sampled, strict=True):
+        for completion in completions:
+            [scored] = engine.logprobs([(prompt, completion.token_ids)])
+            torch.testing.assert_close(torch.tensor(completion.logprobs), torch.tensor(scored), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_cannot_be_told_how_to_attend_is_refused(folder: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="not supported"):
+        load_model(saved_model(tmp_path, folder, "stablelm"), "float32")
+
+
+def test_logits_that_are_not_numbers_end_the_rollout(engine: TorchEngine):
+    engine.model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="not numbers"):
+        generate(engine, PROMPTS, sampling=SamplingSettings())
+
+
+def test_only_what_was_sent_is_sampled_from(engine: TorchEngine):
+    with pytest.raises(KeyError, match="never sent"):
+        engine.generate(
+            PROMPTS, samples=1, sampling=GREEDY, max_new_tokens=2, stream=SampleStream(1, 1), adapter="never sent"
+        )
+    assert engine.logprobs([]) == []

@@ -22,14 +22,15 @@ from tuneloop.models.packed import pack
 from tuneloop.models.sources import resolve_model
 from tuneloop.rewards.base import Score
 from tuneloop.rollout.engine import Completion
-from tuneloop.settings import LoraSettings, OptimizerSettings
+from tuneloop.settings import LoraSettings, OptimizerSettings, SamplingSettings
 from tuneloop.training.collect import Rollout, RolloutGroup
 from tuneloop.training.optim import MasterAdamW
 from tuneloop.training.reference import ReferencePolicy
-from tuneloop.training.score import score_rollout
+from tuneloop.training.score import rollout_gap, score_rollout
 from tuneloop.training.settings import RlSettings, SftSettings
 from tuneloop.training.sft import validation_loss, warm_up
 from tuneloop.training.update import update_policy
+from tuneloop.training.world import World
 
 EXAMPLES = [
     Example(id=str(n), messages=[{"role": "user", "content": f"{n}?"}], answer=str(n % 10), completion=str(n % 10) * 3)
@@ -301,6 +302,15 @@ def test_update_without_any_signal_makes_no_step(base: Path):
     assert update_policy(model, optimizer, minibatches, rl_settings())["update/steps"] == 0.0
     assert optimizer.updates == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+
+
+def test_a_rollout_without_any_signal_is_compared_with_the_trainer_all_the_same(base: Path):
+    model, _ = adapted(base, scale=0.1)
+    rollout = rollout_of(model, [[1.0, 1.0], [0.0, 0.0]])
+    assert rollout_gap(model, rollout, SamplingSettings(), World()) < 1e-5
+    for completion in rollout.groups[0].completions + rollout.groups[1].completions:
+        completion.logprobs[:] = [value - 0.5 for value in completion.logprobs]
+    assert rollout_gap(model, rollout, SamplingSettings(), World()) == pytest.approx(0.5, abs=1e-5)
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])

@@ -13,9 +13,10 @@ import pytest
 
 from tests.tiny_run import tiny_config
 from tuneloop.errors import UserError
-from tuneloop.rollout import shared_memory
+from tuneloop.rollout import shared_memory, vllm_process
 from tuneloop.rollout.settings import VLLM_RANKS, EngineSettings, engine_rank
 from tuneloop.rollout.shared_memory import PrivateFolder, model_in_memory
+from tuneloop.rollout.vllm_process import EngineProcess
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -40,7 +41,7 @@ def test_a_killed_process_leaves_a_folder_that_the_next_one_removes(tmp_path: Pa
     mine.close()
     mine.close()
     other.close()
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
     with pytest.raises(UserError, match="is no folder"):
         PrivateFolder(tmp_path / "nowhere")
 
@@ -90,6 +91,25 @@ def test_the_child_ends_with_its_parent():
     ours.close()
     assert child.wait(30) == -signal.SIGKILL
     assert time.monotonic() - started < 10
+
+
+def test_what_a_killed_engine_shares_with_its_workers_goes_with_it():
+    code = (
+        "import subprocess, sys, time; from multiprocessing.shared_memory import SharedMemory\n"
+        "held = SharedMemory(create=True, size=4096); worker = subprocess.Popen([sys.executable, '-c', "
+        "'import time; time.sleep(60)'])\nprint(held.name, worker.pid, flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    assert child.stdout
+    name, worker = child.stdout.readline().decode().split()
+    engine = EngineProcess.__new__(EngineProcess)
+    engine._process, engine._connection = child, Pipe()[0]  # as if vLLM ran in it
+    assert Path("/dev/shm", name).exists()
+    engine.kill()
+    child.stdout.close()
+    assert not Path("/dev/shm", name).exists()
+    assert not vllm_process._members(child.pid)
+    assert not Path("/proc", worker).exists() or "Z" in Path("/proc", worker, "stat").read_text()
 
 
 def test_engine_rank_is_the_next_one_up():

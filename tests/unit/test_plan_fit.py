@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from components.check.hardware import check_hardware, refusal
-from components.check.plan_inputs import plan_inputs
+from components.check.plan_inputs import may_change, plan_inputs
 from components.config import load_run_config
+from pipelines.cli import main
 from tests.tiny_run import tiny_config
 from tuneloop.errors import UserError
 from tuneloop.plan.devices import GPUS, Device, find_gpu, measure_cpu
@@ -163,12 +164,67 @@ def test_check_says_what_it_cannot_plan(tmp_path):
 
 
 def test_refusal_is_one_line():
-    inputs = plan_inputs(tiny_config())
+    config = tiny_config()
+    inputs = plan_inputs(config)
     plan = make_plan(inputs, Device("cpu", 10**8, 1e12, 1e11, 1e11, 1e11))
-    assert "\n" not in refusal(plan, inputs)
-    assert "smaller model" in refusal(plan, inputs)
+    assert "\n" not in refusal(plan, inputs, config)
+    assert "smaller model" in refusal(plan, inputs, config)
 
 
 def test_unknown_gpu_in_a_config():
     with pytest.raises(UserError, match=r"check.gpu: GPU kind 'h100' is not known"):
         tiny_config("check.gpu='h100'")
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "overrides", "reason"),
+    [
+        ("qwen2.5-7b-8gpu", 8, ("lora_rl.engine.tensor_parallel_size=8",), "does not part the model's 28 query"),
+        ("qwen2.5-0.5b-1gpu", 4, ("evaluate.engine={kind='vllm', tensor_parallel_size=4}",), "14 query"),
+        ("qwen2.5-7b-8gpu", 8, ("lora.rank=700",), "rank 700 exceeds"),
+        ("qwen2.5-7b-8gpu", 8, ("lora.rank=400", "lora_rl.rank_schedule={kind='spectrum'}"), "rank 800 exceeds"),
+    ],
+)
+def test_what_vllm_would_refuse_is_refused_here(name, gpus, overrides, reason):
+    with pytest.raises(UserError, match=reason):
+        make_plan(shipped(name, *overrides)[1], find_gpu("h100-80gb"), gpus)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "overrides"),
+    [
+        ("qwen2.5-7b-8gpu", "a100-40gb", ("lora_rl.mode='full'", "lora_rl.engine={kind='torch'}",
+                                          "lora_rl.distributed={zero_stage=1}")),
+        ("qwen2.5-72b-8x80gb", "h100-80gb", ("evaluate.engine={kind='torch'}", "evaluate.harness={tasks=['gsm8k']}")),
+        ("qwen2.5-72b-8x80gb", "h100-80gb", ("evaluate.engine={kind='torch'}", "evaluate.sampling.top_p=0.9")),
+    ],
+)  # fmt: skip
+def test_what_a_config_may_not_say_is_no_advice(name, gpu, overrides):
+    config, inputs = shipped(name, *overrides)
+    fit = nearest_fit(inputs, find_gpu(gpu), 8)
+    assert fit is not None  # which the config cannot have
+    with pytest.raises(UserError):
+        load_run_config(f"configs/{name}.toml", (*overrides, *(f"{c.table}.{c.line}" for c in fit.changes)))
+    legal = nearest_fit(inputs, find_gpu(gpu), 8, allowed=may_change(config))
+    if legal:
+        load_run_config(f"configs/{name}.toml", (*overrides, *(f"{c.table}.{c.line}" for c in legal.changes)))
+
+
+def test_a_host_that_is_nearly_full_is_tight():
+    _, inputs = shipped("qwen2.5-7b-8gpu")
+    host = max(step.host_peak.host_bytes for step in make_plan(inputs, find_gpu("h100-80gb"), 8).steps)
+    assert make_plan(inputs, find_gpu("h100-80gb"), 8, host_bytes=int(1.01 * host)).is_tight
+    assert not make_plan(inputs, find_gpu("h100-80gb"), 8, host_bytes=2 * host).is_tight
+
+
+def test_the_command_names_what_fits_where_the_counts_do_not(capsys):
+    assert main(["plan", "--config", "configs/qwen2.5-72b-8x80gb.toml", "--gpu", "h200-141gb", "--gpus", "4"]) == 2
+    printed = capsys.readouterr().out
+    assert "tensor_parallel_size = 8 does not divide 4 processes" in printed
+    assert "tensor_parallel_size = " in printed
+
+
+def test_the_command_plans_for_this_machines_cpu(capsys):
+    command = ["plan", "--config", "configs/ci.toml", "--set", "check.host_memory_bytes=1000000000000", "--gpu", "cpu"]
+    assert main(command) == 0
+    assert "1,000.0 GB" not in capsys.readouterr().out  # which is another machine's

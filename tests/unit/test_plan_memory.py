@@ -12,7 +12,7 @@ from tuneloop.plan.devices import Device, find_gpu
 from tuneloop.plan.inputs import adapter_size, packed_work, rl_work, sft_work
 from tuneloop.plan.lora_rl import plan_lora_rl
 from tuneloop.plan.memory import plan_evaluate, plan_sft
-from tuneloop.plan.rollout import torch_rollout, vllm_rollout
+from tuneloop.plan.rollout import VLLM_CPU_BYTES, VLLM_WORKING_BYTES, torch_rollout, vllm_rollout
 
 CPU = Device("cpu", 10**12, 1e12, 1e11, 1e11, 1e11)
 H100 = find_gpu("h100-80gb")
@@ -210,3 +210,24 @@ def test_more_of_anything_needs_more():
         plan_evaluate(inputs, CPU).host_peak.host_bytes
     )
     assert sft_work(inputs).tokens <= inputs.sft.micro_batch_tokens
+
+
+def test_a_cache_that_is_asked_for_is_vllms_share():
+    inputs = large("lora_rl.engine.kv_cache_bytes=20000000000")
+    rollout = vllm_rollout(inputs, inputs.rl.engine, H100)
+    assert rollout.cache == 20_000_000_000
+    assert rollout.share == rollout.weights + rollout.adapters + VLLM_WORKING_BYTES + rollout.cache
+
+
+def test_vllm_makes_room_for_the_largest_rank_of_a_schedule():
+    plain, growing = large(), large("lora_rl.rank_schedule={kind='spectrum', max_rank=512}")
+    sizes = [vllm_rollout(inputs, inputs.rl.engine, H100).adapters for inputs in (plain, growing)]
+    assert sizes[1] == 512 / 32 * sizes[0]
+
+
+def test_vllm_on_a_cpu_is_a_process_with_weights_of_its_own():
+    plain, other = (plan_inputs(tiny_config(*overrides)) for overrides in ((), ("lora_rl.engine.kind=vllm",)))
+    here, beside = (plan_lora_rl(inputs, CPU).host_peak.host_bytes for inputs in (plain, other))
+    assert beside > here + VLLM_CPU_BYTES
+    evaluated = plan_inputs(tiny_config("evaluate.engine.kind=vllm"))
+    assert plan_evaluate(evaluated, CPU).host_peak.host["vLLM's weights"] == evaluated.weight_bytes

@@ -86,25 +86,27 @@ def _answer_over(
     engine = _engine(base, members, tokenizer, settings, dtype)
     answers: dict[str, ModelAnswers] = {}
     first_with: dict[str, str] = {}
-    for contender in members:
-        twin = first_with.setdefault(contender.digest, contender.name)
-        if twin in answers:
-            print(f"evaluate {contender.name}: computes the same as {twin}, so it answers the same", flush=True)
-            answers[contender.name] = answers[twin]
-            continue
-        try:
-            held = engine.sync(contender.adapter if contender.digest else None)
-        except UserError as error:
-            raise UserError(f"{contender.name}: {error}") from None
-        if held != contender.digest:
-            raise RuntimeError(
-                f"the engine holds adapter {held[:12]!r}, not {contender.name}'s {contender.digest[:12]!r}"
-            )
-        label = f"evaluate {contender.name}"
-        answers[contender.name] = evaluate_model(engine, examples, prompts, scorer, tokenizer, settings, label)
-        if visit and isinstance(engine, TorchEngine):
-            visit(contender, engine, tokenizer)
-    engine.close()
+    try:
+        for contender in members:
+            twin = first_with.setdefault(contender.digest, contender.name)
+            if twin in answers:
+                print(f"evaluate {contender.name}: computes the same as {twin}, so it answers the same", flush=True)
+                answers[contender.name] = answers[twin]
+                continue
+            try:
+                held = engine.sync(contender.adapter if contender.digest else None)
+            except UserError as error:
+                raise UserError(f"{contender.name}: {error}") from None
+            if held != contender.digest:
+                raise RuntimeError(
+                    f"the engine holds adapter {held[:12]!r}, not {contender.name}'s {contender.digest[:12]!r}"
+                )
+            label = f"evaluate {contender.name}"
+            answers[contender.name] = evaluate_model(engine, examples, prompts, scorer, tokenizer, settings, label)
+            if visit and isinstance(engine, TorchEngine):
+                visit(contender, engine, tokenizer)
+    finally:
+        engine.close()
     return answers
 
 
@@ -116,7 +118,7 @@ def _engine(
         return TorchEngine(base, dtype=dtype, max_sequences=settings.at_once)
     ranks = [a.shape[0] for member in members if member.adapter for a, _ in member.adapter.factors.values()]
     return build_engine(
-        settings.engine,
+        settings.engine.model_copy(update={"max_sequences": settings.at_once}),
         reserve_model(base, dtype),
         tokenizer,
         base_folder=base,
@@ -125,4 +127,5 @@ def _engine(
         max_rank=max(ranks, default=1),
         sampling=settings.sampling,
         log=settings.log,
+        section="evaluate",
     )

@@ -41,13 +41,15 @@ def _attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
-    context: AttentionContext,
+    context: AttentionContext | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     refuse_unsupported(sliding_window, softcap, s_aux)
+    if context is None:
+        raise UserError("this model's layers do not hand on to their attention what it is called with: not supported")
     out_THD = context.attend(
         module.layer_idx,  # type: ignore[arg-type]  # every transformers attention module has its index
         query.squeeze(0).transpose(0, 1),

@@ -147,8 +147,10 @@ def _attention_forward(
     context: AttentionContext,
     **__: object,
 ) -> tuple[torch.Tensor, None]:
-    window = getattr(self, "sliding_window", None) or getattr(self.config, "sliding_window", None)
-    refuse_unsupported(window if getattr(self.config, "use_sliding_window", True) else None)
+    if hasattr(self, "sliding_window"):  # of this layer
+        refuse_unsupported(self.sliding_window)
+    elif getattr(self.config, "use_sliding_window", True):
+        refuse_unsupported(getattr(self.config, "sliding_window", None))
     x_TD = hidden_states[0]
     query, key, value = (
         projected.view(x_TD.shape[0], -1, self.head_dim)

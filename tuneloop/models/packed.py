@@ -72,14 +72,20 @@ def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> PackedB
     """Pack (prompt, completions) groups.
 
     Args:
-        groups: token ids of each prompt (not empty) and of its completions (none of them empty).
+        groups: token ids of each prompt and of its completions, at least one group.
+
+    Raises:
+        ValueError: a prompt or a completion has no tokens.
     """
     prompts = [list(prompt) for prompt, _ in groups]
     completions = [list(completion) for _, members in groups for completion in members]
+    if not all(prompts) or not all(completions):
+        raise ValueError("a prompt or a completion without tokens cannot be packed")
     prompt_length_N = torch.tensor([len(prompt) for prompt in prompts])
     widest = max(len(members) for _, members in groups)
     fed_length_NG = torch.tensor(
-        [[len(completion) - 1 for completion in members] + [0] * (widest - len(members)) for _, members in groups]
+        [[len(completion) - 1 for completion in members] + [0] * (widest - len(members)) for _, members in groups],
+        dtype=torch.long,
     ).view(len(groups), widest)
     prompt_tokens = int(prompt_length_N.sum())
     prompt_start_N = prompt_length_N.cumsum(0) - prompt_length_N

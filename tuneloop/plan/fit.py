@@ -5,7 +5,7 @@ left alone.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
@@ -36,6 +36,9 @@ class Change:
         return f"{self.key} = {value}"
 
 
+Allowed = Callable[[Sequence[Change]], bool]
+
+
 @dataclass(frozen=True)
 class Fit:
     """Changes with which a run fits, and its plan then."""
@@ -51,19 +54,27 @@ class Fit:
         return [line for table, lines in tables.items() for line in (f"[{table}]", *lines)]
 
 
-def nearest_fit(inputs: PlanInputs, device: Device, gpus: int = 1, host_bytes: int = 0) -> Fit | None:
-    """The cheapest changes with which every step fits; None when there are none."""
+def nearest_fit(
+    inputs: PlanInputs, device: Device, gpus: int = 1, host_bytes: int = 0, *, allowed: Allowed = lambda changes: True
+) -> Fit | None:
+    """The cheapest changes with which every step fits; None when there are none.
+
+    Args:
+        allowed: whether a config may have these changes.
+    """
     room = device.memory_bytes if device.is_cpu else host_bytes
     found: list[Change] = []
     for name in STEPS:
-        changes = _nearest(name, inputs, device, gpus, room)
+        changes = _nearest(name, inputs, device, gpus, room, allowed)
         if changes is None:
             return None
         found += changes
     return Fit(tuple(found), make_plan(_changed(inputs, found), device, gpus, host_bytes))
 
 
-def _nearest(name: str, inputs: PlanInputs, device: Device, gpus: int, room: int) -> list[Change] | None:
+def _nearest(
+    name: str, inputs: PlanInputs, device: Device, gpus: int, room: int, allowed: Allowed
+) -> list[Change] | None:
     """The cheapest changes with which one step fits; empty when it does as it is."""
     choices = _CHOICES[name](inputs, device, gpus)
     for count in range(min(_MOST_CHANGES, len(choices)) + 1):
@@ -71,7 +82,9 @@ def _nearest(name: str, inputs: PlanInputs, device: Device, gpus: int, room: int
         for changes in sorted(sets, key=lambda changes: sum(change.cost for change in changes)):
             try:
                 changed = _changed(inputs, changes)
-                if not step_limits(plan_step(name, changed, device, gpus), changed, device, room):
+                if step_limits(plan_step(name, changed, device, gpus), changed, device, room):
+                    continue
+                if allowed(changes):
                     return changes
             except (UserError, ValueError):
                 continue  # a combination that means nothing

@@ -20,6 +20,7 @@ class PlanInputs:
 
     Attributes:
         dtype: that the model is held in.
+        max_rank: the largest that a module of any adapter will ever have: what an engine makes room for.
         prompt_tokens, completion_tokens: the longest of RL; the plan takes all to be that long.
         example_tokens: the longest completion of the warm-up.
         max_length: longest sequence that the engine must hold.
@@ -32,6 +33,7 @@ class PlanInputs:
     shape: ModelShape
     dtype: str
     lora: LoraSettings
+    max_rank: int
     sft: SftSettings
     rl: RlSettings
     prompt_tokens: int

@@ -31,7 +31,7 @@ from tuneloop.plan.memory import (
     tokenizer_bytes,
     trained_parameters,
 )
-from tuneloop.plan.rollout import VLLM_ASLEEP_BYTES, vllm_rollout
+from tuneloop.plan.rollout import VLLM_ASLEEP_BYTES, vllm_on_cpu, vllm_rollout
 
 LIVE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: put together at once
 
@@ -74,6 +74,8 @@ def plan_lora_rl(inputs: PlanInputs, device: Device, gpus: int = 1) -> StepMemor
     if device.is_cpu:
         held = {**runtime(inputs), **_loaded(inputs, parts), **trainer, **_engine(inputs, parts, on_host=True)}
         held |= {name: size for name, size in _kept_on_host(inputs, parts).items() if size}
+        if inputs.rl.engine.kind == "vllm":
+            held |= vllm_on_cpu(inputs, inputs.rl.engine, inputs.rl.engine.max_sequences)
         return on_cpu("lora_rl", held, usages, parts.processes)
     static = {"context": GPU_CONTEXT_BYTES, **_loaded(inputs, parts), **trainer, **_engine(inputs, parts)}
     return on_gpu("lora_rl", static, usages, _hosts(inputs, parts, gpus), min(gpus, parts.processes))

@@ -12,7 +12,7 @@ from tuneloop.algorithms.traits import TRAITS
 from tuneloop.plan.activations import FP32, Activations, scoring_pass, training_pass
 from tuneloop.plan.devices import Device
 from tuneloop.plan.inputs import PackedWork, PlanInputs, adapter_size, sft_work
-from tuneloop.plan.rollout import TorchRollout, torch_rollout, vllm_rollout
+from tuneloop.plan.rollout import TorchRollout, torch_rollout, vllm_on_cpu, vllm_rollout
 
 Items = dict[str, int]
 
@@ -242,6 +242,10 @@ def plan_evaluate(inputs: PlanInputs, device: Device) -> StepMemory:
         processes = GPU_RUNTIME_HOST_BYTES + engine.tensor_parallel_size * VLLM_HOST_BYTES
         host = {"python, torch and vLLM": processes, "base model in /dev/shm": shared}
         return on_gpu("evaluate", {}, [usage], {"answer": host}, engine.tensor_parallel_size)
+    if engine.kind == "vllm":
+        return on_cpu(
+            "evaluate", {**runtime(inputs), **vllm_on_cpu(inputs, engine, inputs.evaluated)}, [Usage("answer")]
+        )
     prompts = max(1, inputs.evaluated // inputs.evaluation_samples)
     sampled = torch_rollout(inputs, prompts, inputs.evaluation_samples, inputs.evaluated)
     greedy = torch_rollout(inputs, inputs.evaluated, 1, inputs.evaluated)

@@ -13,7 +13,7 @@ from tuneloop.plan.lora_rl import plan_lora_rl, spread
 from tuneloop.plan.memory import Phase, StepMemory, plan_evaluate, plan_sft
 from tuneloop.plan.rollout import vllm_rollout
 from tuneloop.plan.timing import RunTime, plan_time
-from tuneloop.rollout.settings import EngineSettings
+from tuneloop.rollout.settings import EngineSettings, engine_rank
 
 STEPS = ("sft_warmup", "lora_rl", "evaluate")  # that hold a model on the device
 TIGHT_SHARE = 0.9  # of the memory: past it, the plan's own error may decide
@@ -63,8 +63,10 @@ class Plan:
 
     @property
     def is_tight(self) -> bool:
-        """Whether more than `TIGHT_SHARE` of the memory is needed."""
-        return self.needed > TIGHT_SHARE * self.device.memory_bytes
+        """Whether more than `TIGHT_SHARE` of the GPU's or of the host's memory is needed."""
+        host = max(step.host_peak.host_bytes for step in self.steps)
+        is_host_tight = self.host_bytes > 0 and host > TIGHT_SHARE * self.host_bytes
+        return is_host_tight or self.needed > TIGHT_SHARE * self.device.memory_bytes
 
     def peak(self, step: StepMemory) -> int:
         """Bytes of one GPU, or of the host's memory on a CPU."""
@@ -126,11 +128,11 @@ def plan_step(name: str, inputs: PlanInputs, device: Device, gpus: int) -> StepM
     if name == "sft_warmup":
         return plan_sft(inputs, device)
     if name == "evaluate":
-        if inputs.evaluation_engine.kind == "vllm" and not device.is_cpu:
-            _refuse_size("evaluate", inputs.evaluation_engine, gpus)
+        _refuse_engine("evaluate", inputs, inputs.evaluation_engine, device, gpus)
         return plan_evaluate(inputs, device)
     if not device.is_cpu:
         _refuse_counts(inputs, gpus)
+    _refuse_engine("lora_rl", inputs, inputs.rl.engine, device, gpus)
     return plan_lora_rl(inputs, device, gpus)
 
 
@@ -152,17 +154,29 @@ def _refuse_counts(inputs: PlanInputs, gpus: int) -> None:
     if processes > gpus:
         raise UserError(f"lora_rl.distributed.processes = {processes}, but the plan is for {gpus} GPUs; plan for that "
                         'many, or set it to "auto"')  # fmt: skip
-    if inputs.rl.engine.kind == "vllm":
-        _refuse_size("lora_rl", inputs.rl.engine, gpus)
     if processes > 1 and processes % size:
         raise UserError(f"lora_rl.engine.tensor_parallel_size = {size} does not divide {processes} processes on {gpus} "
                         "GPUs: change one of the three")  # fmt: skip
 
 
-def _refuse_size(section: str, engine: EngineSettings, gpus: int) -> None:
-    if engine.tensor_parallel_size > gpus:
-        raise UserError(f"{section}.engine.tensor_parallel_size = {engine.tensor_parallel_size}, but the plan is for "
-                        f"{gpus} GPUs: lower it, or plan for more")  # fmt: skip
+def _refuse_engine(section: str, inputs: PlanInputs, engine: EngineSettings, device: Device, gpus: int) -> None:
+    """What vLLM refuses to start with, whatever the memory."""
+    if engine.kind != "vllm":
+        return
+    if engine.sync == "adapter" or (engine.sync == "auto" and not device.is_cpu):
+        try:
+            engine_rank(inputs.max_rank)
+        except ValueError as error:
+            raise UserError(f"{section}.engine: {error}") from None
+    size, shape = engine.tensor_parallel_size, inputs.shape
+    if device.is_cpu:
+        return
+    if size > gpus:
+        raise UserError(f"{section}.engine.tensor_parallel_size = {size}, but the plan is for {gpus} GPUs: lower it, "
+                        "or plan for more")  # fmt: skip
+    if shape.heads % size or max(shape.kv_heads, size) % min(shape.kv_heads, size):
+        raise UserError(f"{section}.engine.tensor_parallel_size = {size} does not part the model's {shape.heads} query "
+                        f"and {shape.kv_heads} key/value heads evenly")  # fmt: skip
 
 
 def _limits(step: StepMemory, device: Device, host_bytes: int) -> list[Limit]:

@@ -38,6 +38,11 @@ def render_plan(plan: Plan, fit: Fit | None) -> str:
     return "\n".join(lines)
 
 
+def render_refusal(reason: str, fit: Fit | None) -> str:
+    """Settings that this many devices cannot meet, whatever their memory, and what would fit."""
+    return "\n".join([reason, *_fit_lines(fit)])
+
+
 def _step_lines(step: StepMemory, plan: Plan) -> list[str]:
     cpu = plan.device.is_cpu
     phase = step.host_peak if cpu else step.device_peak

@@ -1,7 +1,7 @@
 """Bytes of the rollout engines.
 
-Formulas follow `tuneloop.rollout.torch_engine` and `kv_cache`. For vLLM, `gpu_memory_utilization` of the GPU is taken
-whole; what is computed is whether weights and a key-value cache go into it.
+Formulas follow `tuneloop.rollout.torch_engine` and `kv_cache`. For vLLM on a GPU, its share is taken whole; what is
+computed is whether weights and a key-value cache go into it.
 """
 
 import math
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from tuneloop.plan.activations import FP32, logits_scratch
 from tuneloop.plan.devices import Device
-from tuneloop.plan.inputs import PlanInputs, adapter_size
-from tuneloop.rollout.settings import EngineSettings, engine_rank
+from tuneloop.plan.inputs import DTYPE_BYTES, PlanInputs
+from tuneloop.rollout.settings import EngineSettings, cpu_cache_bytes, engine_rank
 
 PREFILL_TOKENS = 32_768  # prompt tokens of one forward pass; see `torch_engine`
-FIRST_ROOM = 16  # tokens that a completion's cache has room for at first; doubles
+ROOM_STEP = 16  # tokens by which a completion's cache grows at least
 VLLM_WORKING_BYTES = 3_000_000_000  # of one GPU: context, CUDA graphs, activations of a prefill of 8,192 tokens
+VLLM_CPU_BYTES = 1_500_000_000  # resident once vLLM's CPU build is imported and warm
 VLLM_ASLEEP_BYTES = 1_500_000_000  # of one GPU: context, CUDA graphs, exchange buffers
 
 
@@ -44,10 +45,9 @@ def torch_rollout(inputs: PlanInputs, prompts: int, samples: int, max_sequences:
     """What it takes to sample `samples` completions of full length for each of `prompts` prompts of full length."""
     shape, width = inputs.shape, inputs.width
     at_once = min(prompts, max(1, max_sequences // samples), max(1, PREFILL_TOKENS // inputs.prompt_tokens))
-    room = FIRST_ROOM
-    while room < inputs.completion_tokens - 1:
-        room *= 2
-    room = 0 if inputs.completion_tokens < 2 else room
+    room = 0
+    while room < inputs.completion_tokens - 1:  # see `kv_cache.GroupCache.reserve`
+        room = ROOM_STEP * math.ceil(max(room + 1, room + room // 4) / ROOM_STEP)
     prompt_cache = at_once * inputs.prompt_tokens * shape.kv_width * width
     own_cache = at_once * samples * room * shape.kv_width * width
     tokens = at_once * inputs.prompt_tokens
@@ -64,12 +64,28 @@ def torch_rollout(inputs: PlanInputs, prompts: int, samples: int, max_sequences:
     )
 
 
+def vllm_on_cpu(inputs: PlanInputs, engine: EngineSettings, max_sequences: int) -> dict[str, int]:
+    """What vLLM's process holds in the host's memory when there is no GPU."""
+    shape, width = inputs.shape, inputs.width
+    a_token = 2 * shape.layers * shape.kv_width * width
+    adapters = 0
+    if engine.sync == "adapter":
+        adapters = width * engine_rank(inputs.max_rank) * sum(out + into for out, into, _ in inputs.targets.values())
+    return {
+        "vLLM's process": VLLM_CPU_BYTES,
+        "vLLM's weights": inputs.weight_bytes + adapters,
+        "vLLM's key-value cache": engine.kv_cache_bytes or cpu_cache_bytes(a_token, inputs.max_length, max_sequences),
+        "base model in /dev/shm": shape.parameters * DTYPE_BYTES[shape.dtype] if engine.use_shm else 0,
+    }
+
+
 @dataclass(frozen=True)
 class VllmRollout:
     """How vLLM's share of one GPU is used.
 
     Attributes:
-        share: `gpu_memory_utilization` of the GPU.
+        share: `gpu_memory_utilization` of the GPU, or what goes with the cache that is asked for.
+        weights, adapters: of them; vLLM holds every adapter at the largest rank that it was started for.
         cache: what is left for keys and values; negative when the weights alone do not go in.
         a_sequence: cache of the longest sequence.
     """
@@ -90,12 +106,14 @@ def vllm_rollout(inputs: PlanInputs, engine: EngineSettings, device: Device) -> 
     """vLLM on one of the GPUs of its tensor-parallel group."""
     shape, width = inputs.shape, inputs.width
     size = engine.tensor_parallel_size
-    share = int(engine.gpu_memory_utilization * device.memory_bytes)
     weights = math.ceil(inputs.weight_bytes / size)
     adapters = 0
     if engine.sync != "merged":
-        held = adapter_size(inputs).parameters * width
-        adapters = math.ceil(held * engine_rank(inputs.lora.largest_rank) / inputs.lora.largest_rank)
+        rank = engine_rank(inputs.max_rank)
+        adapters = width * rank * sum(out + into for out, into, _ in inputs.targets.values())
     a_token = 2 * shape.layers * math.ceil(shape.kv_heads / size) * shape.head_size * width
-    cache = engine.kv_cache_bytes or share - weights - adapters - VLLM_WORKING_BYTES
-    return VllmRollout(share, weights, adapters, cache, a_token * inputs.max_length)
+    besides = weights + adapters + VLLM_WORKING_BYTES
+    share = int(engine.gpu_memory_utilization * device.memory_bytes)
+    if engine.kv_cache_bytes:  # vLLM does not look at the utilization then
+        share = besides + engine.kv_cache_bytes
+    return VllmRollout(share, weights, adapters, share - besides, a_token * inputs.max_length)

@@ -26,7 +26,7 @@ STEP_SECONDS = {
 }  # of one decoded token beside its arithmetic, on a GPU: launches, sampling
 LORA_DECODE_FACTOR = 1.35  # unmerged adapters in vLLM: 1.3-1.4 times a token's time
 LINK_UTILISATION = 0.7
-EVALUATED_MODELS = 3  # base, warm-up or incumbent, candidate
+EVALUATED_MODELS = 4  # base, warm-up, candidate, incumbent
 
 
 @dataclass(frozen=True)
@@ -173,4 +173,7 @@ def _sync_seconds(inputs: PlanInputs, device: Device, gpus: int) -> float:
     if rl.engine.kind == "torch":
         return 8 * size.matrices * inputs.width / device.bandwidth  # read, widened, added to, rounded, written
     waking = 2 * inputs.weight_bytes / rl.engine.tensor_parallel_size / device.host_link if rl.engine.sleep else 0.0
-    return waking + 4 * inputs.width * size.parameters / device.host_link
+    sent = 4 * inputs.width * size.parameters
+    if rl.engine.sync == "merged":  # each process reads the whole base again and folds the adapter in
+        sent += inputs.weight_bytes
+    return waking + sent / device.host_link

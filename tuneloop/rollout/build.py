@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tuneloop.data.chat import end_of_turn_id
 from tuneloop.errors import UserError
+from tuneloop.memory import release_gpu_memory
 from tuneloop.models.load import DTYPES
 from tuneloop.rollout.engine import RolloutEngine
 from tuneloop.rollout.led_engine import LedEngine
-from tuneloop.rollout.settings import EngineSettings, engine_rank, logprobs_mode
+from tuneloop.rollout.settings import EngineSettings, cpu_cache_bytes, engine_rank, logprobs_mode
 from tuneloop.rollout.shared_memory import model_in_memory
 from tuneloop.rollout.torch_engine import TorchEngine, end_token_ids
 from tuneloop.settings import SamplingSettings
@@ -23,8 +24,6 @@ from tuneloop.training.world import World
 
 if TYPE_CHECKING:
     from tuneloop.rollout.vllm_engine import VllmOptions
-
-CPU_KV_CACHE_BYTES = 4 << 30  # the most that is planned on a CPU, where vLLM cannot take what is left
 
 
 def build_engine(
@@ -42,6 +41,7 @@ def build_engine(
     adapted: Collection[str] | None = None,
     world: World | None = None,
     shares_weights: bool = True,
+    section: str = "lora_rl",
 ) -> RolloutEngine:
     """The engine that samples for this process.
 
@@ -56,6 +56,7 @@ def build_engine(
         adapted: the modules that any adapter changes; None: every linear layer but the output head.
         world: the processes that train together.
         shares_weights: False when the model's weights are spread over them, so that the engine needs its own.
+        section: of the config that the settings are in, for messages.
 
     Raises:
         UserError: the engine cannot serve what is asked for, or does not start.
@@ -71,7 +72,7 @@ def build_engine(
         rank = 0 if _merges(settings, max_adapters) else engine_rank(max_rank)
         reported = logprobs_mode(sampling)
     except ValueError as error:
-        raise UserError(f"lora_rl.engine: {error}") from None
+        raise UserError(f"{section}.engine: {error}") from None
     options = VllmOptions(
         model=str(base_folder),
         dtype=dtype,
@@ -102,6 +103,8 @@ def _start(settings: EngineSettings, options: "VllmOptions", log: Path, world: W
     from tuneloop.rollout.vllm_engine import VllmEngine
 
     size = settings.tensor_parallel_size
+    release_gpu_memory()
+    world.gather(None)  # what a neighbour is still loading, vLLM would count as its own
     if world.size > 1 and world.size % size:
         raise UserError(f"lora_rl.engine.tensor_parallel_size = {size} does not divide the {world.size} processes that "
                         "train: change it or lora_rl.distributed.processes")  # fmt: skip
@@ -150,8 +153,7 @@ def _kv_cache_bytes(model: PreTrainedModel, dtype: str, settings: EngineSettings
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     a_token = 2 * config.num_hidden_layers * heads * width * DTYPES[dtype].itemsize // settings.tensor_parallel_size
-    a_sequence = a_token * (max_length + 64)  # whole blocks, and one that vLLM keeps free
-    return max(2 * a_sequence, min(settings.max_sequences * a_sequence, CPU_KV_CACHE_BYTES))
+    return cpu_cache_bytes(a_token, max_length, settings.max_sequences)
 
 
 def _devices(world: World, size: int) -> dict[str, str]:

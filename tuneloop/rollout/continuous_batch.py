@@ -1,7 +1,7 @@
 """The sequences of one generate call: prompts wait, are prefilled once for all their samples, decode, and make room.
 
 A group's place in the cache is free again when its last sample has ended, and waiting prompts then join the ones that
-are under way. What is sampled depends on neither: every token has a random number of its own.
+are under way. Every token has a random number of its own, which depends on neither.
 
 Legend: N groups in the cache, A active sequences, R rows of hidden states, D hidden size, V vocabulary.
 """
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from tuneloop.errors import UserError
 from tuneloop.models.forward import head_weight, hidden_states
 from tuneloop.models.packed import pack
 from tuneloop.rng import uniforms
@@ -151,6 +152,9 @@ class ContinuousBatch:
         logits_RV = F.linear(hidden_RD, head_weight(self.model))
         tokens, logprobs = draw(logits_RV, self._tensor(row_A), uniform_A.to(self.model.device), self.sampling)
         token_A = tokens.cpu().numpy()
+        if logprobs.isnan().any():
+            raise UserError("the model's logits are not numbers: its weights or its adapter are damaged, or training "
+                            "diverged")  # fmt: skip
         for p, s, token, logprob in zip(prompt_A, sample_A, token_A.tolist(), logprobs.tolist(), strict=True):
             sequence = self.sequences[p][s]
             sequence.token_ids.append(token)

@@ -128,7 +128,7 @@ class Decode:
         n, k, g, room, d = own_keys.shape
         own_keys.view(-1, d).index_copy_(0, self.place, key_AKD.reshape(-1, d))
         own_values.view(-1, d).index_copy_(0, self.place, value_AKD.reshape(-1, d))
-        grouped = (query_AHD * scaling).view(self.slot.numel(), -1)
+        grouped = (query_AHD * scaling).reshape(self.slot.numel(), -1)
         slots = grouped.new_zeros(n * k * g, grouped.shape[1]) if self.query is None else self.query
         self.query = slots.index_copy_(0, self.slot, grouped)
         query = slots.view(n * k, -1, d)

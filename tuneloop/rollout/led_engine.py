@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from tuneloop.memory import release_gpu_memory
 from tuneloop.models.adapter_io import Adapter
 from tuneloop.rollout.engine import DEFAULT_ADAPTER, Completion, RolloutEngine, SampleStream
 from tuneloop.settings import SamplingSettings
@@ -71,6 +72,8 @@ class LedEngine:
 
     def wake(self) -> None:
         """See `RolloutEngine.wake`."""
+        release_gpu_memory()
+        self.world.gather(None)  # its weights come back to the GPUs of all
         self._led(lambda engine: engine.wake())
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ which costs about as much as the multiplication.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -130,10 +130,12 @@ class _LaidOut:
         return torch.zeros(self.shape, dtype=torch.bfloat16)
 
     def install(self) -> None:
-        for module in self.modules:
-            module.__dict__["forward"] = self._product
-        if len(self.modules) > 1:
-            self.modules[0].__dict__["products"] = self._products  # `lora_linear.project` looks here
+        if len(self.modules) == 1:
+            self.modules[0].__dict__["forward"] = self._product
+            return
+        for place, module in enumerate(self.modules):
+            module.__dict__["forward"] = partial(self._one, place)
+        self.modules[0].__dict__["products"] = self._products  # `lora_linear.project` looks here
 
     def remove(self) -> None:
         for module in self.modules:
@@ -142,6 +144,9 @@ class _LaidOut:
 
     def _products(self, x: torch.Tensor) -> list[torch.Tensor]:
         return list(self._product(x).split(self.sizes, -1))
+
+    def _one(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        return self._products(x)[place]
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")

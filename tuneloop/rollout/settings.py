@@ -8,6 +8,7 @@ from tuneloop.config import StrictModel
 from tuneloop.settings import PositiveInt, SamplingSettings
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for the largest rank that it must hold
+CPU_KV_CACHE_BYTES = 4 << 30  # the most that is planned on a CPU, where vLLM cannot take what is left
 
 
 class EngineSettings(StrictModel):
@@ -50,6 +51,16 @@ def engine_rank(rank: int) -> int:
             return supported
     raise ValueError(f'rank {rank} exceeds the largest that vLLM holds ({VLLM_RANKS[-1]}): use sync = "merged", '
                      'kind = "torch" or a lower rank')  # fmt: skip
+
+
+def cpu_cache_bytes(a_token: int, max_length: int, max_sequences: int) -> int:
+    """The KV cache of vLLM on a CPU: what `max_sequences` of `max_length` need, within bounds.
+
+    Args:
+        a_token: bytes of one token's keys and values, over all layers.
+    """
+    a_sequence = a_token * (max_length + 64)  # whole blocks, and one that vLLM keeps free
+    return max(2 * a_sequence, min(max_sequences * a_sequence, CPU_KV_CACHE_BYTES))
 
 
 def logprobs_mode(sampling: SamplingSettings) -> str:

@@ -34,10 +34,11 @@ class PrivateFolder:
         if not root.is_dir():
             raise UserError(f"{root} is no folder: the vllm engine hands adapters over in memory; mount a tmpfs there "
                             'or use engine.kind = "torch"')  # fmt: skip
-        _remove_abandoned(root)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
-        self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        with _locked(root / f"{_PREFIX}{_LOCK}"):  # a folder without its lock would be taken for an abandoned one
+            _remove_abandoned(root)
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+            self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def close(self) -> None:
         """Remove it; twice is as good as once."""

@@ -49,7 +49,7 @@ class TorchEngine:
     def _set_up(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_sequences: int) -> None:
         self.model, self.max_sequences = model, max_sequences
         self.end_ids = end_token_ids(model) | {end_of_turn_id(tokenizer)}
-        self._adapters: dict[str, Adapter | None] = {}
+        self._adapters: dict[str, Adapter | None] = {DEFAULT_ADAPTER: None}
         self._merged = MergedWeights(model)  # of the adapter `_merged_name`
         self._merged_name = DEFAULT_ADAPTER
 
@@ -64,7 +64,7 @@ class TorchEngine:
         return adapter.digest() if adapter else ""
 
     def _merge(self, name: str) -> None:
-        self._merged.merge(self._adapters.get(name))
+        self._merged.merge(self._adapters[name])
         self._merged_name = name
 
     def sleep(self) -> None:
@@ -110,6 +110,8 @@ class TorchEngine:
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: str = DEFAULT_ADAPTER
     ) -> list[list[float]]:
         """See `RolloutEngine.logprobs`."""
+        if not pairs:
+            return []
         batch = pack([(prompt, [completion]) for prompt, completion in pairs], self.model.device)
         with self._weights(adapter):
             logprobs_S = score(self.model, batch).logprobs_S

@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from tuneloop.errors import UserError
+from tuneloop.memory import release_gpu_memory
 from tuneloop.models.adapter_io import Adapter, save_adapter
 from tuneloop.rng import philox
 from tuneloop.rollout.engine import DEFAULT_ADAPTER, Completion, SampleStream
@@ -170,6 +171,7 @@ class VllmEngine:
     def wake(self) -> None:
         """Bring the weights back."""
         if self.options.sleep:
+            release_gpu_memory()  # torch keeps what the update has freed, and vLLM needs it
             self._lasting(lambda process: process.ask("wake"))
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from tuneloop.models.adapter_io import Adapter, load_adapter
 from tuneloop.models.rounding import fold
+from tuneloop.models.sources import weight_files
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # pyright: ignore[reportMissingImports]
@@ -40,7 +41,7 @@ def merged_weights(
         ValueError: the adapter changes a matrix that the files do not have.
     """
     left = set(adapter.factors) if adapter else set()
-    for file in sorted(model.glob("*.safetensors")):
+    for file in weight_files(model):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  no mapping
                 weight, module = tensors.get_tensor(name), name.removesuffix(".weight")

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
@@ -22,6 +23,8 @@ from tuneloop.errors import EXIT_TRY_AGAIN, TuneloopError, UserError
 _NOT_FOR_VLLM = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
                  "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "PYTORCH_CUDA_ALLOC_CONF",
                  "PYTORCH_ALLOC_CONF")  # fmt: skip
+
+_LONGEST_END = 10.0  # seconds until killed processes are gone
 
 
 class EngineDied(TuneloopError):
@@ -102,8 +105,36 @@ class EngineProcess:
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def kill(self) -> None:
-        """End it and whatever it started."""
+        """End it and whatever it started, and remove what they leave behind in /dev/shm."""
+        group = self._process.pid  # it leads a session of its own
+        shared = _shared_memory(group)
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(group, signal.SIGKILL)
         self._process.wait()
         self._connection.close()
+        deadline = time.monotonic() + _LONGEST_END
+        while _members(group) and time.monotonic() < deadline:  # whoever starts next needs their memory
+            time.sleep(0.02)
+        for path in shared:
+            path.unlink(missing_ok=True)
+
+
+def _members(group: int) -> list[Path]:
+    """The living processes of a group, as folders of /proc."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, its_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(folder)
+    return found
+
+
+def _shared_memory(group: int) -> set[Path]:
+    """What a group's processes share by Python's shared memory, whose own clean-up dies with them."""
+    found = set()
+    for folder in _members(group):
+        with suppress(OSError):
+            mapped = {line.split()[-1] for line in (folder / "maps").read_text().splitlines()}
+            found |= {Path(name) for name in mapped if name.startswith("/dev/shm/psm_")}
+    return found

@@ -20,24 +20,6 @@ from tuneloop.models.lora_linear import LoraLinear
 from tuneloop.training.policy import Policy
 from tuneloop.training.settings import RankScheduleSettings
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
-
-
-def max_rank(schedule: RankScheduleSettings, start: int) -> int:
-    """The largest rank that a module may reach in the run: what a rollout engine plans for.
-
-    Args:
-        start: the largest rank at the start, `LoraSettings.largest_rank`.
-    """
-    if schedule.kind == "off":
-        return start
-    return max(start, schedule.max_rank or 2 * max(start, schedule.initial, schedule.final))
-
-
-def engine_rank(needed: int) -> int:
-    """The least of vLLM's `max_lora_rank` that holds rank `needed`; the largest there is when none does."""
-    return next((rank for rank in VLLM_RANKS if rank >= needed), VLLM_RANKS[-1])
-
 
 def mean_rank(schedule: RankScheduleSettings, start: float, update: int, updates: int) -> float:
     """The budget as a mean rank a module: from `initial` to `final` in even steps, then constant.
@@ -205,7 +187,7 @@ class RankScheduler:
     def __init__(self, policy: Policy, settings: RankScheduleSettings, updates: int):
         self.policy, self.settings, self.updates = policy, settings, updates
         largest = max((layer.A.shape[0] for layer in policy.layers.values()), default=0)
-        self._largest = max_rank(settings, largest)
+        self._largest = settings.largest(largest)
         costs = {name: self._cost(layer) for name, layer in policy.layers.items()}
         ranks = {name: layer.A.shape[0] for name, layer in policy.layers.items()}
         self._total_cost = sum(costs.values())

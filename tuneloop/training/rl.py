@@ -22,6 +22,7 @@ from tuneloop.training.dynamic_sampling import collect_with_spread
 from tuneloop.training.learner import Learner
 from tuneloop.training.policy import Policy
 from tuneloop.training.run_state import RunState
+from tuneloop.training.score import rollout_gap
 from tuneloop.training.settings import RlSettings
 from tuneloop.training.stopping import Abandoned, StopRequest
 from tuneloop.training.world import World
@@ -181,7 +182,9 @@ class RlTrainer:
         values |= self.learner.change_ranks(self.state.update + 1)
         clock.lap("update")
         self.engine.wake()
-        self.sync.refuse_gap(values.get("divergence/mean", 0.0), "rollout")
+        if "divergence/mean" not in values:  # nothing to learn from, so no step that measured it
+            values["divergence/mean"] = rollout_gap(self.policy.model, rollout, self.settings.sampling, self.world)
+        self.sync.refuse_gap(values["divergence/mean"], "rollout")
         values["canary/gap"] = self.sync()
         values["canary/changed"] = float(self.sync.changed)
         values["memory/sync_peak_bytes"] = float(self.sync.peak_bytes)

@@ -17,6 +17,7 @@ from tuneloop.algorithms.table import ALGORITHMS
 from tuneloop.algorithms.types import AdvantageInputs, Advantages
 from tuneloop.models.forward import score
 from tuneloop.models.packed import Group, PackedBatch, pack
+from tuneloop.settings import SamplingSettings
 from tuneloop.training.balance import GroupCost
 from tuneloop.training.batching import packed_length, shared_out
 from tuneloop.training.collect import Rollout
@@ -205,3 +206,18 @@ def probe_kl(model: PreTrainedModel, reference: Reference, rollout: Rollout, tem
     batch = pack([(prompt, [c.token_ids for c in completions]) for prompt, completions in groups], model.device)
     sampled_S = torch.tensor([x for _, completions in groups for c in completions for x in c.logprobs])
     return float((sampled_S - reference.logprobs(batch, temperature).cpu()).mean())
+
+
+@torch.no_grad()
+def rollout_gap(model: PreTrainedModel, rollout: Rollout, sampling: SamplingSettings, world: World) -> float:
+    """Mean absolute gap (nats) of the trainer's and the engine's log-probs, on the shortest group of each process."""
+    packed: list[Group] = [(group.prompt, [c.token_ids for c in group.completions]) for group in rollout.groups]
+    shortest = min(range(len(packed)), key=lambda number: packed_length(packed[number]))
+    was_training = model.training
+    model.eval()
+    logprobs_S = score(model, pack([packed[shortest]], model.device), sampling.temperature).logprobs_S.cpu()
+    model.train(was_training)
+    sampled = rollout.groups[shortest].completions
+    behaviour_S = torch.tensor([value for completion in sampled for value in completion.logprobs])
+    gaps = world.gather(float((logprobs_S - behaviour_S).abs().mean()))
+    return sum(gaps) / len(gaps)

@@ -35,6 +35,16 @@ class RankScheduleSettings(StrictModel):
             raise ValueError("max_rank is below the mean rank that the budget allows: raise it or leave it out")
         return self
 
+    def largest(self, start: int) -> int:
+        """The largest rank that a module may reach in the run: what a rollout engine plans for.
+
+        Args:
+            start: the largest rank at the start, `LoraSettings.largest_rank`.
+        """
+        if self.kind == "off":
+            return start
+        return max(start, self.max_rank or 2 * max(start, self.initial, self.final))
+
 
 class DistributedSettings(StrictModel):
     """Several processes on one machine, and what DeepSpeed's ZeRO spreads over them. Decides no result."""
@@ -46,7 +56,7 @@ class DistributedSettings(StrictModel):
     layered_summon: bool = True  # stage 3: the adapter is put together a module at a time for the sync, else at once
     whole_below: Annotated[int, Field(ge=0)] = 100_000  # stage 3: parameters of at most so many elements are not spread
     bucket_elements: Annotated[int, Field(ge=1_000)] = 50_000_000  # of one exchange: more is faster and needs memory
-    timeout_seconds: PositiveInt = 1800  # an exchange that takes longer ends the step: a process is lost
+    timeout_seconds: PositiveInt = 7200  # an exchange that takes longer ends the step: a process is lost
 
     @model_validator(mode="after")
     def _only_what_is_spread_is_offloaded(self) -> "DistributedSettings":
@@ -87,6 +97,14 @@ class RlSettings(StrictModel):
     def _whole_weights_are_shared_with_the_engine(self) -> "RlSettings":
         if self.mode == "full" and self.distributed.zero_stage == 3:
             raise ValueError('mode = "full" shares its weights with the engine: use distributed.zero_stage 1 or 2')
+        return self
+
+    @model_validator(mode="after")
+    def _processes_wait_longer_than_their_engine(self) -> "RlSettings":
+        shared = self.engine.kind == "vllm" and self.engine.tensor_parallel_size > 1
+        if shared and self.distributed.timeout_seconds <= self.engine.timeout_seconds:
+            raise ValueError("distributed.timeout_seconds must exceed engine.timeout_seconds: processes wait for one "
+                             "of them, which has the engine, also while that is started again")  # fmt: skip
         return self
 
     @model_validator(mode="after")

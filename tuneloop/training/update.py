@@ -6,6 +6,7 @@ Legend: S scored tokens.
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -88,7 +89,7 @@ class _Tally:
     def add(self, inputs: LossInputs, outputs: LossOutputs, entropy_S: torch.Tensor, packed: int) -> None:
         """Count a micro-batch of `packed` rows."""
         gap_S = inputs.behaviour_logprobs_S - inputs.old_logprobs_S
-        self._largest_gap = max(self._largest_gap, float(gap_S.abs().max()))
+        self._largest_gap = float(np.maximum(self._largest_gap, float(gap_S.abs().max())))  # hands NaN on
         self._sums["loss"] += float(outputs.loss.detach())
         self._sums["tokens"] += gap_S.numel()
         self._sums["completions"] += inputs.lengths_B.numel()
@@ -110,7 +111,7 @@ class _Tally:
         """Means over all processes' tokens, completions and steps."""
         sums = defaultdict(float, world.sum(self._sums))
         by_token, by_completion = world.sum(self._by_token), world.sum(self._by_completion)
-        largest_gap = max(world.gather(self._largest_gap))
+        largest_gap = float(np.max(world.gather(self._largest_gap)))
         values = {"learning_rate": rate, "update/steps": float(len(norms)), "update/packed_tokens": sums["packed"]}
         if not norms:
             return values
