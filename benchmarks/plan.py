@@ -105,7 +105,8 @@ def compare(setting: Setting, folder: Path) -> list[dict[str, Any]]:
     longest = lengths["prompt_tokens"]["max"], lengths["completion_tokens"]["max"]
     config = write_config(setting, folder, *longest)
     inputs = plan_inputs(load_run_config(config))
-    environment = {"TUNELOOP_CACHE": str(folder / "cache")} if setting.uri.startswith("tiny") else {}
+    environment = {"TUNELOOP_CACHE": str(folder / "cache")}
+    make_model(setting.uri, environment)
     records = []
     for step, needs in (
         ("sft_warmup", {"data": "data_prep"}),
@@ -150,6 +151,13 @@ def measure(step: str, config: str, inputs: str, output: str) -> dict[str, Any]:
     outside = total - free - torch.cuda.memory_reserved()  # the context, and what others hold
     reserved = torch.cuda.max_memory_reserved() + outside
     return {"measured_bytes": reserved, "gpu": torch.cuda.get_device_name(), "host_bytes": result.peak_rss_bytes}
+
+
+def make_model(uri: str, environment: dict[str, str]) -> None:
+    """Put the model where the steps find it: making a random one takes more memory than training it."""
+    code = "import sys; from tuneloop.models.sources import resolve_model; resolve_model(sys.argv[1])"
+    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    subprocess.run([sys.executable, "-c", code, uri], cwd=REPOSITORY, env=variables, check=True)
 
 
 def run_step(step: str, config: Path, folder: Path) -> None:

@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="short,long", help="of: short, long")
     parser.add_argument("--updates", type=int, default=3, help="of ours, measured after two that warm up")
     parser.add_argument("--trl-updates", type=int, default=2, help="of TRL's best variant, measured after one")
+    parser.add_argument("--variants", help="of trl_peer.VARIANTS, by semicolon: the ones to try (default: all)")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -49,22 +50,24 @@ def main() -> None:
     rows.append(Row("norm of its gradient", f"{equal['ours'][1]:.7f}", f"TRL {equal['trl'][1]:.7f}",
                     equal["ours"][1] / equal["trl"][1], "1"))  # fmt: skip
     for shape in arguments.shapes.split(","):
-        measured = compare(arguments.model, shape, arguments.updates, arguments.trl_updates, details)
+        measured = compare(arguments, shape, details)
         details[shape] = measured
         rows += table_rows(shape, measured)
     save("trl_grpo", rows, details)
 
 
-def compare(model: str, shape: str, updates: int, trl_updates: int, earlier: dict[str, Any]) -> dict[str, Any]:
+def compare(arguments: argparse.Namespace, shape: str, earlier: dict[str, Any]) -> dict[str, Any]:
     """Ours, one update of each of TRL's variants, the best variant at length, ours again.
 
     A shape that follows another one takes the variant that was best there: at 128 tokens TRL's update takes minutes.
     """
     from benchmarks.trl_peer import VARIANTS
 
+    model, updates, trl_updates = arguments.model, arguments.updates, arguments.trl_updates
+    variants = arguments.variants.split(";") if arguments.variants else VARIANTS
     first = _child("ours", model, shape, str(updates))
     best = next((measured["trl"]["variant"] for measured in earlier.values() if "trl_tried" in measured), "")
-    tried = {} if best else {variant: _child("trl", model, shape, "1", variant) for variant in VARIANTS}
+    tried = {} if best else {variant: _child("trl", model, shape, "1", variant) for variant in variants}
     best = best or min(tried, key=lambda variant: tried[variant]["seconds"][-1])
     peer = tried.get(best) if trl_updates == 1 else None
     peer = peer or _child("trl", model, shape, str(trl_updates), best)

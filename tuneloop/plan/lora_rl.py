@@ -76,7 +76,7 @@ def plan_lora_rl(inputs: PlanInputs, device: Device, gpus: int = 1) -> StepMemor
         held |= {name: size for name, size in _kept_on_host(inputs, parts).items() if size}
         if inputs.rl.engine.kind == "vllm":
             held |= vllm_on_cpu(inputs, inputs.rl.engine, inputs.rl.engine.max_sequences)
-        return on_cpu("lora_rl", held, usages, parts.processes)
+        return on_cpu("lora_rl", inputs.width, held, usages, parts.processes)
     static = {"context": GPU_CONTEXT_BYTES, **_loaded(inputs, parts), **trainer, **_engine(inputs, parts)}
     return on_gpu("lora_rl", static, usages, _hosts(inputs, parts, gpus), min(gpus, parts.processes))
 

@@ -20,7 +20,8 @@ CPU_RUNTIME_BYTES = 545_000_000  # resident once torch 2.13, transformers and th
 TOKENIZER_FACTOR = 18  # resident bytes a byte of tokenizer.json
 TOKENIZER_ENTRY_BYTES = 1_100  # resident bytes an entry of the vocabulary, when the file is not known
 MAPPED_FROM = 32 << 20  # glibc's largest mmap threshold: larger pieces go back to the system when they are freed
-HEAP_FACTOR = 1.6  # resident bytes a byte that is held in smaller pieces (measured: holes that fit nothing)
+HEAP_FACTOR = {2: 1.6, 4: 1.35}  # by a weight's bytes: resident bytes a byte that is held in smaller pieces (measured:
+# holes that fit nothing; bfloat16's kernels leave more of them, because they copy what they multiply)
 GPU_CONTEXT_BYTES = 1_000_000_000  # CUDA context, cuBLAS, NCCL
 GPU_FACTOR = 1.1  # of what comes and goes: torch's caching allocator
 GPU_RUNTIME_HOST_BYTES = 4_000_000_000  # host memory of a process that uses CUDA
@@ -96,10 +97,11 @@ class Usage:
         return self.add("logits", found.logits).add("attention scores", found.decode, found.decode // 4)
 
 
-def on_cpu(step: str, static: Mapping[str, int], usages: list[Usage], processes: int = 1) -> StepMemory:
+def on_cpu(step: str, width: int, static: Mapping[str, int], usages: list[Usage], processes: int = 1) -> StepMemory:
     """The phases of a step whose every byte is resident in the host's memory.
 
     Args:
+        width: bytes of one weight.
         static: held throughout, by one process.
         processes: that do the same side by side.
     """
@@ -111,7 +113,7 @@ def on_cpu(step: str, static: Mapping[str, int], usages: list[Usage], processes:
     phases = []
     for usage in usages:
         held = {**static, **{name: size for name, (size, _) in usage.items.items()}}
-        held["kept by the allocator"] = int(HEAP_FACTOR * most) - heap(usage)
+        held["kept by the allocator"] = int(HEAP_FACTOR[width] * most) - heap(usage)
         phases.append(Phase(usage.name, {}, {name: size * processes for name, size in held.items()}))
     return StepMemory(step, tuple(phases))
 
@@ -222,7 +224,7 @@ def plan_sft(inputs: PlanInputs, device: Device) -> StepMemory:
     usages = sft_usages(inputs, device.is_cpu)
     if device.is_cpu:
         held = {**runtime(inputs), **static, "state before the update": copied}
-        return on_cpu("sft_warmup", held, usages)
+        return on_cpu("sft_warmup", inputs.width, held, usages)
     host = {
         "python and torch": GPU_RUNTIME_HOST_BYTES,
         "tokenizer": tokenizer_bytes(inputs),
@@ -244,7 +246,10 @@ def plan_evaluate(inputs: PlanInputs, device: Device) -> StepMemory:
         return on_gpu("evaluate", {}, [usage], {"answer": host}, engine.tensor_parallel_size)
     if engine.kind == "vllm":
         return on_cpu(
-            "evaluate", {**runtime(inputs), **vllm_on_cpu(inputs, engine, inputs.evaluated)}, [Usage("answer")]
+            "evaluate",
+            inputs.width,
+            {**runtime(inputs), **vllm_on_cpu(inputs, engine, inputs.evaluated)},
+            [Usage("answer")],
         )
     prompts = max(1, inputs.evaluated // inputs.evaluation_samples)
     sampled = torch_rollout(inputs, prompts, inputs.evaluation_samples, inputs.evaluated)
@@ -257,7 +262,7 @@ def plan_evaluate(inputs: PlanInputs, device: Device) -> StepMemory:
     }
     usage = Usage("answer").add_rollout(max(sampled, greedy, key=lambda rollout: rollout.total))
     if device.is_cpu:
-        return on_cpu("evaluate", {**runtime(inputs), **static}, [usage])
+        return on_cpu("evaluate", inputs.width, {**runtime(inputs), **static}, [usage])
     host = {
         "python and torch": GPU_RUNTIME_HOST_BYTES,
         "tokenizer": tokenizer_bytes(inputs),

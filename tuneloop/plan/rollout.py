@@ -15,7 +15,7 @@ from tuneloop.rollout.settings import EngineSettings, cpu_cache_bytes, engine_ra
 PREFILL_TOKENS = 32_768  # prompt tokens of one forward pass; see `torch_engine`
 ROOM_STEP = 16  # tokens by which a completion's cache grows at least
 VLLM_WORKING_BYTES = 3_000_000_000  # of one GPU: context, CUDA graphs, activations of a prefill of 8,192 tokens
-VLLM_CPU_BYTES = 1_500_000_000  # resident once vLLM's CPU build is imported and warm
+VLLM_CPU_BYTES = 760_000_000  # resident once vLLM's CPU build 0.32 is imported and warm
 VLLM_ASLEEP_BYTES = 1_500_000_000  # of one GPU: context, CUDA graphs, exchange buffers
 
 
@@ -73,7 +73,7 @@ def vllm_on_cpu(inputs: PlanInputs, engine: EngineSettings, max_sequences: int) 
         adapters = width * engine_rank(inputs.max_rank) * sum(out + into for out, into, _ in inputs.targets.values())
     return {
         "vLLM's process": VLLM_CPU_BYTES,
-        "vLLM's weights": inputs.weight_bytes + adapters,
+        "vLLM's weights": 2 * inputs.weight_bytes + adapters,  # and as oneDNN's kernels read them
         "vLLM's key-value cache": engine.kv_cache_bytes or cpu_cache_bytes(a_token, inputs.max_length, max_sequences),
         "base model in /dev/shm": shape.parameters * DTYPE_BYTES[shape.dtype] if engine.use_shm else 0,
     }

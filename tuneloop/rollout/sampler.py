@@ -3,12 +3,15 @@
 Legend: R rows of logits, A draws, V vocabulary.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from tuneloop.settings import SamplingSettings
 
 _BLOCK = 256  # the inverse of the cumulative distribution is searched block first, so no cumsum over V is made
+_SMALLEST_BLOCK = 64  # that divides V; if none does, V is padded, which copies all weights
 _CHUNK_ELEMENTS = 1 << 22
 
 
@@ -52,8 +55,10 @@ def _draw_chunk(logits_RV, row_A, uniform_A, sampling):
 
 def _invert(weights_RV: torch.Tensor, row_A: torch.Tensor, uniform_A: torch.Tensor) -> torch.Tensor:
     """The first token whose cumulative weight exceeds uniform * total."""
-    vocabulary = weights_RV.shape[1]
-    blocks_RKB = F.pad(weights_RV, (0, -vocabulary % _BLOCK)).view(weights_RV.shape[0], -1, _BLOCK)
+    size = math.gcd(weights_RV.shape[1], _BLOCK)
+    if size < _SMALLEST_BLOCK:
+        size, weights_RV = _BLOCK, F.pad(weights_RV, (0, -weights_RV.shape[1] % _BLOCK))
+    blocks_RKB = weights_RV.view(weights_RV.shape[0], -1, size)
     cumulative_RK = blocks_RKB.sum(-1).double().cumsum(-1)
     goal_A1 = (uniform_A.to(cumulative_RK.device) * cumulative_RK[row_A, -1])[:, None]
     block_A1 = torch.searchsorted(cumulative_RK[row_A], goal_A1, right=True).clamp_(max=cumulative_RK.shape[1] - 1)
@@ -62,8 +67,8 @@ def _invert(weights_RV: torch.Tensor, row_A: torch.Tensor, uniform_A: torch.Tens
     cumulative_AB = inside_AB.double().cumsum(-1)
     place_A1 = torch.searchsorted(cumulative_AB, goal_A1 - before_A1, right=True)
     # Rounding can put the goal past the block's last weight: then its last token with any weight is meant.
-    last_A1 = (torch.arange(_BLOCK, device=inside_AB.device) * (inside_AB > 0)).amax(-1, keepdim=True)
-    return (block_A1 * _BLOCK + torch.minimum(place_A1, last_A1)).squeeze(1)
+    last_A1 = (torch.arange(size, device=inside_AB.device) * (inside_AB > 0)).amax(-1, keepdim=True)
+    return (block_A1 * size + torch.minimum(place_A1, last_A1)).squeeze(1)
 
 
 def _truncated(weights_RV: torch.Tensor, sampling: SamplingSettings) -> torch.Tensor:
