@@ -59,7 +59,7 @@ def test_held_bytes_count_masters_moments_and_gradients_once():
 def test_decoding_floor_by_hand():
     # 3 steps, 2 prompts of 10 tokens, 4 sequences: 3 * 1000 of weights, 2*10*3 + 4*(3*4/2) = 84 tokens of 5 bytes.
     lora = {
-        "decode": {"steps": 3}, "prompt_tokens": 10, "weights_bytes": 1000, "cache_bytes_a_token": 5,
+        "decode": {"steps": 3}, "prompt_tokens": 10, "read_bytes": 1000, "cache_bytes_a_token": 5,
     }  # fmt: skip
     request = argparse.Namespace(prompts=2, group=2)
     assert decode_floor(lora, {"copy_bytes_per_second": 100.0}, request) == pytest.approx((3000 + 84 * 5) / 100)
