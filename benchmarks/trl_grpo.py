@@ -243,7 +243,7 @@ def _disturb(policy: Any, seed: int) -> None:
 
 
 def _set_up(model_uri: str, prompts: int, samples: int, world: Any, dtype: str = "bfloat16") -> tuple:
-    from components.lora_rl.training import CANARIES
+    from components.lora_rl.training import enough_canaries
     from tuneloop.data.chat import render_prompts
     from tuneloop.models.load import load_model, load_tokenizer
     from tuneloop.models.lora import attach, peft_config
@@ -261,8 +261,8 @@ def _set_up(model_uri: str, prompts: int, samples: int, world: Any, dtype: str =
     layers = attach(model, lora, 0)
     config = peft_config(lora, layers, model, str(folder))
     policy = Policy(model, layers, config)
-    fixed = render_prompts(tokenizer, messages("short", 99)[:CANARIES])
-    canaries = [Canary(prompt, list(range(11, 23))) for prompt in fixed]
+    fixed = render_prompts(tokenizer, messages("short", 99))
+    canaries = enough_canaries(Canary(prompt, list(range(11, 23))) for prompt in fixed)
     sync = WeightSync(TorchEngine.sharing(model, tokenizer), model, layers, config, canaries, 0.5)
     settings = RlSettings(prompts_per_update=prompts, group_size=samples, updates=100,
                           optimizer=OptimizerSettings(learning_rate=1e-5))  # fmt: skip

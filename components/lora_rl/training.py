@@ -1,7 +1,8 @@
 """What a training is put together from: a base, which several members may share, and a trainer for each member."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,8 @@ from tuneloop.training.world import World
 
 # Nats a token between two right computations: bfloat16 gives about 0.04, float32 about 1e-6.
 CANARY_TOLERANCES = {"bfloat16": 0.1, "float32": 1e-3}
-CANARIES = 4  # fixed prompts whose tokens trainer and engine must agree on after every sync
+FEWEST_CANARIES, MOST_CANARIES = 4, 32  # fixed prompts whose tokens trainer and engine must agree on after every sync
+CANARY_TOKENS = 64  # of fewer the mean gap may exceed the tolerance by chance
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,16 @@ def load_base(members: Sequence[Member]) -> Base:
     return Base(model, tokenizer, engine, world)
 
 
+def enough_canaries(candidates: Iterable[Canary]) -> list[Canary]:
+    """The first ones: `FEWEST_CANARIES`, and on until their completions have `CANARY_TOKENS`, up to `MOST_CANARIES`."""
+    chosen: list[Canary] = []
+    for canary in islice(candidates, MOST_CANARIES):
+        chosen.append(canary)
+        if len(chosen) >= FEWEST_CANARIES and sum(len(one.completion) for one in chosen) >= CANARY_TOKENS:
+            break
+    return chosen
+
+
 def make_trainer(
     member: Member, base: Base, name: str = DEFAULT_ADAPTER, stopping: StopRequest | None = None
 ) -> RlTrainer:
@@ -130,10 +142,10 @@ def make_trainer(
     """
     settings, tokenizer = member.settings, base.tokenizer
     policy = member.warmup.policy(base.model)
-    canaries = [
+    canaries = enough_canaries(
         Canary(render_prompt(tokenizer, example.messages), render_completion(tokenizer, example.completion))
-        for example in member.validation[:CANARIES]
-    ]
+        for example in member.validation
+    )
     tolerance = settings.engine.canary_tolerance or CANARY_TOLERANCES[member.config.model.dtype]
     sync: WeightSync
     if settings.mode == "full":
