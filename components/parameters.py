@@ -15,6 +15,14 @@ SETTINGS = {
     "learning_rate": "lora_rl.optimizer.learning_rate",
     "adapter_name": "promote.adapter_name",
 }  # parameter -> the setting that it overrides; dataset_uri is the first source's
+PARAMETERS = {
+    "base_model": str,
+    "dataset_uri": str,
+    "updates": int,
+    "lora_rank": int,
+    "learning_rate": float,
+    "adapter_name": str,
+}
 
 
 def resolve_parameters(config: str, parameters: Mapping[str, Any]) -> RunConfig:

@@ -5,12 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from tuneloop.errors import EXIT_GATE_REFUSED, EXIT_OK
+from tuneloop.storage import join_uri
 
 MODELS = ("base", "sft", "candidate", "incumbent")
 
 
-def summary(folder: Path) -> str:
-    """The end of a complete run, as a few lines of text."""
+def summary(folder: Path, run: str) -> str:
+    """The end of a complete run, as a few lines of text.
+
+    Args:
+        folder: holds what it reads.
+        run: the run folder or URI, as the lines name it.
+    """
     evaluation = _read(folder / "evaluate" / "evaluation.json")
     lines = [f"{'model':<12}{'accuracy':>9}   95 % interval"]
     for name in MODELS:
@@ -26,13 +32,13 @@ def summary(folder: Path) -> str:
         promotion = _read(folder / "promote" / "promotion.json")
         named = f"{promotion['adapter_name']} version {promotion['version']}"
         lines.append(f"promoted: {named} is now {promotion['alias']}")
-    lines.append(f"adapter: {folder / 'lora_rl' / 'adapter'}")
-    return "\n".join([*lines, report_line(folder)])
+    lines.append(f"adapter: {join_uri(run, 'lora_rl/adapter')}")
+    return "\n".join([*lines, report_line(run)])
 
 
-def report_line(folder: Path) -> str:
-    """Where the report is."""
-    return f"report: {folder / 'report' / 'report.html'}"
+def report_line(run: str) -> str:
+    """Where the report of a run folder or URI is."""
+    return f"report: {join_uri(run, 'report/report.html')}"
 
 
 def exit_code(folder: Path) -> int:

@@ -20,7 +20,7 @@ def check(
     metrics: dsl.Output[dsl.Metrics],
 ) -> NamedTuple("Outputs", [("uri", str), ("config", str)]):  # type: ignore[valid-type]
     """Resolve the config, and refuse what cannot work."""
-    from components.runner import publish_config, run_in_pipeline
+    from components.node import publish_config, run_in_pipeline
 
     parameters = {
         "base_model": base_model,

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipelines.compile import COMPILED, check_compiled, compile_pipeline
-from pipelines.runs import STEPS
+from pipelines.steps import STEPS
 from tuneloop.errors import UserError
 
 
