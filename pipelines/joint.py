@@ -27,6 +27,10 @@ def require_joint(configs: Sequence[RunConfig]) -> None:
     if len(configs) == 1:
         return
     require_one_base(configs)
+    for config in configs:
+        if config.retrain.skip_unchanged:
+            raise UserError(f"{config.name}: retrain.skip_unchanged ends a run by itself, and several runs are trained "
+                            "together: set it to false, or run it apart")  # fmt: skip
     targets = [f"{config.promote.registry}/{config.promote.adapter_name}" for config in configs]
     for target in targets:
         if targets.count(target) > 1:

@@ -17,6 +17,8 @@ def summary(folder: Path, run: str) -> str:
         folder: holds what it reads.
         run: the run folder or URI, as the lines name it.
     """
+    if skipped(folder):
+        return f"skipped: the data is what the incumbent was trained on\n{report_line(run)}"
     evaluation = _read(folder / "evaluate" / "evaluation.json")
     lines = [f"{'model':<12}{'accuracy':>9}   95 % interval"]
     for name in MODELS:
@@ -41,8 +43,15 @@ def report_line(run: str) -> str:
     return f"report: {join_uri(run, 'report/report.html')}"
 
 
+def skipped(folder: Path) -> bool:
+    """Whether the run ended behind data_prep, because there was nothing new to train on."""
+    return _read(folder / "data_prep" / "step.json")["summary"]["changed"] is False
+
+
 def exit_code(folder: Path) -> int:
-    """0 when the run promoted, 3 when the gate said no."""
+    """0 when the run promoted or had nothing to train on, 3 when the gate said no."""
+    if skipped(folder):
+        return EXIT_OK
     passed = _read(folder / "evaluate" / "evaluation.json")["gate"]["passed"]
     return EXIT_OK if passed else EXIT_GATE_REFUSED
 
