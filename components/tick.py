@@ -79,6 +79,8 @@ def _incumbent_uri(config: RunConfig) -> str:
         return ""
     trained_on = version.record.get("base_uri")
     if trained_on != config.model.uri:
-        raise UserError(f"retrain.warm_start: {place.adapter_name} version {version.version} was trained on {trained_on}, "
-                        f"not on model.uri = {config.model.uri}; set it to false, or choose another adapter_name")  # fmt: skip
+        raise UserError(
+            f"retrain.warm_start: {place.adapter_name} version {version.version} was trained on {trained_on}, not on "
+            f"model.uri = {config.model.uri}; set it to false, or choose another adapter_name"
+        )
     return f"{place.registry.rstrip('/')}/{place.adapter_name}/versions/{version.version}"

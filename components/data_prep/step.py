@@ -61,8 +61,8 @@ def _changed(config: RunConfig, fingerprint: str) -> bool:
     incumbent = Registry(place.registry).resolve(place.adapter_name, place.alias)
     if incumbent is None or incumbent.record.get("data_fingerprint") != fingerprint:
         return True
-    print(f"data_prep: the data is what {place.adapter_name} version {incumbent.version} was trained on: nothing to train",
-          flush=True)  # fmt: skip
+    known = f"{place.adapter_name} version {incumbent.version}"
+    print(f"data_prep: the data is what {known} was trained on: nothing to train", flush=True)
     return False
 
 

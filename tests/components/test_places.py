@@ -282,8 +282,7 @@ def test_command_line_of_a_node(tmp_path, capsys, s3_server):  # noqa: F811
     ],
 )
 def test_mistakes_of_a_command_line(options, message, tmp_path, capsys):
-    (tmp_path / "run.toml").write_text(tiny_toml())
-    given = ["--config", str(tmp_path / "run.toml"), "--output", str(tmp_path / "run" / "check"), *options]
+    given = ["--config", str(tiny_toml(tmp_path)), "--output", str(tmp_path / "run" / "check"), *options]
     assert main(PRODUCER, given) == 2
     assert message in capsys.readouterr().err
 
