@@ -12,7 +12,7 @@ from components.merge_adapter.config import MergeAdapterConfig
 from components.promote.config import PromoteConfig
 from components.sft_warmup.config import SftWarmupConfig
 from tuneloop.config import StrictModel, load_config
-from tuneloop.settings import LoraSettings, ModelSettings, TaskSettings
+from tuneloop.settings import LoraSettings, ModelSettings, RetrainSettings, TaskSettings
 from tuneloop.tracking.settings import TrackingSettings
 
 
@@ -31,6 +31,7 @@ class RunConfig(StrictModel):
     merge_adapter: MergeAdapterConfig = MergeAdapterConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
+    retrain: RetrainSettings = RetrainSettings()
     tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")

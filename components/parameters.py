@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from components.config import RunConfig
+from components.tick import resolve_tick
 from tuneloop.config import apply_overrides, parse_config
 from tuneloop.errors import UserError
 
@@ -15,6 +16,15 @@ SETTINGS = {
     "learning_rate": "lora_rl.optimizer.learning_rate",
     "adapter_name": "promote.adapter_name",
 }  # parameter -> the setting that it overrides; dataset_uri is the first source's
+PARAMETERS = {
+    "base_model": str,
+    "dataset_uri": str,
+    "updates": int,
+    "lora_rank": int,
+    "learning_rate": float,
+    "adapter_name": str,
+    "schedule_time": str,
+}
 
 
 def resolve_parameters(config: str, parameters: Mapping[str, Any]) -> RunConfig:
@@ -22,7 +32,7 @@ def resolve_parameters(config: str, parameters: Mapping[str, Any]) -> RunConfig:
 
     Args:
         config: the run's config as JSON.
-        parameters: names from `SETTINGS`, and `dataset_uri`.
+        parameters: names from `PARAMETERS`; with `schedule_time`, even an empty one, the tick is resolved too.
 
     Raises:
         UserError: not JSON, a value is refused, or the first source reads no URI.
@@ -33,12 +43,18 @@ def resolve_parameters(config: str, parameters: Mapping[str, Any]) -> RunConfig:
         raise UserError(f"config: not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"config: expected a JSON object of settings, found {type(data).__name__}")
-    given = {name: value for name, value in parameters.items() if value}
+    given = {name: value for name, value in parameters.items() if value and name != "schedule_time"}
     dataset_uri = given.pop("dataset_uri", "")
     data = apply_overrides(data, [f"{SETTINGS[name]}={json.dumps(value)}" for name, value in given.items()])
     resolved = parse_config(RunConfig, data, origin="config")
-    if not dataset_uri:
+    if dataset_uri:
+        resolved = _with_dataset(data, resolved, dataset_uri)
+    if "schedule_time" not in parameters:
         return resolved
+    return resolve_tick(resolved, parameters["schedule_time"])
+
+
+def _with_dataset(data: dict[str, Any], resolved: RunConfig, dataset_uri: str) -> RunConfig:
     if not resolved.data_prep.sources[0].uri:
         kind = resolved.data_prep.sources[0].kind
         raise UserError(

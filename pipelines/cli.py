@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from components.command_line import CommandLine
+from pipelines.steps import STEP_NAMES
 from tuneloop.errors import TryAgain, TuneloopError, UserError
-
-STEP_NAMES = ("check", "data_prep", "sft_warmup", "lora_rl", "merge_adapter", "evaluate", "promote")
+from tuneloop.storage import is_remote
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: as in `tuneloop.errors`, 3 when the gate said no."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser(with_registry=argv[:1] == ["registry"], with_plan=argv[:1] == ["plan"]).parse_args(argv)
-    from components.runner import exit_code_of
+    from components.exit_codes import exit_code_of
 
     code = 0
 
@@ -36,7 +36,7 @@ def _parser(with_registry: bool, with_plan: bool) -> CommandLine:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
     report = commands.add_parser("report", help="write the report of a run again")
-    report.add_argument("run", metavar="RUN", help="a run folder, or its name under --output")
+    report.add_argument("run", metavar="RUN", help="a run folder or s3:// URI, or its name under --output")
     report.add_argument("--output", default="runs", metavar="FOLDER", help="the folder of all runs (default: runs)")
     report.set_defaults(command=_report)
     compile_ = commands.add_parser("compile", help="write the pipeline's YAML, pipelines/compiled/post_training.yaml")
@@ -103,6 +103,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.run and len(arguments.run) != len(configs):
         raise UserError(f"there are {len(configs)} --config and {len(arguments.run)} --run: name all runs, or none")
     joint.require_joint(configs)
+    if is_remote(arguments.output):
+        from pipelines import remote_runs
+
+        _require_one(configs, arguments.output)
+        return _run_pipeline(configs[0], remote_runs.create_run(configs[0], arguments.output, *arguments.run or []))
     with runs.create_runs(configs, arguments.output, arguments.run) as folders:
         return _run_into(configs, folders)
 
@@ -112,6 +117,13 @@ def _resume(arguments: argparse.Namespace) -> int:
 
     if arguments.run:
         raise UserError(f"--run {arguments.run[0]}: names a new run, and --resume continues one; drop one of the two")
+    if any(map(is_remote, arguments.resume)):
+        from pipelines import remote_runs
+
+        _require_one(arguments.resume, arguments.resume[0])
+        if arguments.set or arguments.start:
+            raise UserError("--set and --from change a run on this machine; start a new run in the object store")
+        return _run_pipeline(remote_runs.find_run(arguments.resume[0]), arguments.resume[0].rstrip("/"))
     folders = [runs.find_run(run, arguments.output) for run in arguments.resume]
     with runs.run_locks(folders):
         configs = [runs.resume_config(folder, tuple(arguments.set), arguments.start) for folder in folders]
@@ -124,40 +136,46 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 def _run_into(configs, folders: list[Path]) -> int:
     if len(folders) == 1:
-        return _run_pipeline(configs[0], folders[0])
+        return _run_pipeline(configs[0], str(folders[0]))
     from pipelines.joint import run_jointly
 
     return run_jointly(list(zip(configs, folders, strict=True)))
 
 
-def _run_pipeline(config, folder: Path) -> int:
-    print(f"run: {folder}", flush=True)
-    again = f"python -m pipelines run --resume {shlex.quote(str(folder))}"
+def _require_one(runs: Sequence[object], where: str) -> None:
+    if len(runs) > 1:
+        raise UserError(f"{where}: several runs are trained together in folders of one machine; run each alone")
+
+
+def _run_pipeline(config, run: str) -> int:
+    print(f"run: {run}", flush=True)
+    again = f"python -m pipelines run --resume {shlex.quote(run)}"
     from pipelines.local import run_locally
     from pipelines.summary import exit_code, report_line, summary
-    from tuneloop.report import build_report
+    from tuneloop.report import fetched_run, report_of
 
     try:
-        run_locally(config, folder)
+        run_locally(config, run)
     except TryAgain as error:
         raise TryAgain(f"{error}; continue with: {again}") from None
     except TuneloopError:
-        build_report(folder)  # the pipeline's own one was made before the cause was known
-        print(report_line(folder))
+        with report_of(run):  # the pipeline's own one was made before the cause was known
+            print(report_line(run))
         print(f"once the cause is gone, continue with: {again}", flush=True)
         raise
-    print(summary(folder), flush=True)
-    return exit_code(folder)
+    with fetched_run(run) as folder:
+        print(summary(folder, run), flush=True)
+        return exit_code(folder)
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from pipelines.runs import find_run
     from pipelines.summary import report_line
-    from tuneloop.report import build_report
+    from tuneloop.report import report_of
 
-    folder = find_run(arguments.run, arguments.output)
-    build_report(folder)
-    print(report_line(folder))
+    run = arguments.run if is_remote(arguments.run) else str(find_run(arguments.run, arguments.output))
+    with report_of(run):
+        print(report_line(run))
 
 
 def _compile(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from components.config import RunConfig
 from components.lora_rl.joint import require_one_base
 from pipelines.local import run_command, run_locally
-from pipelines.runs import STEPS
+from pipelines.steps import STEPS
 from tuneloop.errors import TryAgain, TuneloopError, UserError
 
 Run = tuple[RunConfig, Path]
@@ -27,6 +27,10 @@ def require_joint(configs: Sequence[RunConfig]) -> None:
     if len(configs) == 1:
         return
     require_one_base(configs)
+    for config in configs:
+        if config.retrain.skip_unchanged:
+            raise UserError(f"{config.name}: retrain.skip_unchanged ends a run by itself, and several runs are trained "
+                            "together: set it to false, or run it apart")  # fmt: skip
     targets = [f"{config.promote.registry}/{config.promote.adapter_name}" for config in configs]
     for target in targets:
         if targets.count(target) > 1:
@@ -56,9 +60,9 @@ def run_jointly(runs: Sequence[Run]) -> int:
         print(f"── {config.name} {'─' * (76 - len(config.name))}")
         if folder in failed:
             build_report(folder)  # the pipeline's own one was made before the cause was known
-            print(report_line(folder), flush=True)
+            print(report_line(str(folder)), flush=True)
         else:
-            print(summary(folder), flush=True)
+            print(summary(folder, str(folder)), flush=True)
     if failed:
         print(f"once the cause is gone, {again}", flush=True)
         raise next(iter(failed.values()))
@@ -78,7 +82,7 @@ def train_together(runs: Sequence[Run]) -> None:
         print(f"run: {folder}", flush=True)
         if not (folder / "sft_warmup").exists():
             with _named(config):
-                run_locally(config, folder, preparation)
+                run_locally(config, str(folder), preparation)
     if all((folder / "lora_rl").exists() for _, folder in runs):
         return
     command = ["-m", "components.lora_rl.joint", "--record-failures"]
@@ -112,7 +116,7 @@ def complete_each(runs: Sequence[Run]) -> dict[Path, TuneloopError]:
         print(f"run: {folder}", flush=True)
         try:
             with _named(config):
-                run_locally(config, folder)
+                run_locally(config, str(folder))
         except TryAgain:
             raise
         except TuneloopError as error:

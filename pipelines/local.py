@@ -1,7 +1,6 @@
 """The whole DAG on this machine: kfp.local runs the pipeline object itself, every step in a process of its own."""
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -15,13 +14,16 @@ from types import FrameType
 from typing import Any, TextIO
 
 from components.config import RunConfig
-from components.runner import record_failure
+from components.failures import StepFailure, failures, forget_failure, record_failure
 from pipelines.step_log import StepLog
+from pipelines.steps import STEP_NAMES
 from tuneloop.config import resolved_json
 from tuneloop.errors import EXIT_GATE_REFUSED, EXIT_TRY_AGAIN, EXIT_USER_ERROR, TryAgain, TuneloopError
 from tuneloop.memory import TRAINING_ENVIRONMENT
+from tuneloop.storage import is_remote
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+NODES = (*STEP_NAMES, "report")
 _SHELLS = ("sh", "bash", "dash")  # kfp wraps every step in one
 
 
@@ -33,8 +35,8 @@ class StepFailed(TuneloopError):
         self.exit_code = exit_code
 
 
-def run_locally(config: RunConfig, run_folder: Path, pipeline: Callable[..., Any] | None = None) -> None:
-    """Run a pipeline into `run_folder`; finished steps found there are not repeated.
+def run_locally(config: RunConfig, run_uri: str, pipeline: Callable[..., Any] | None = None) -> None:
+    """Run a pipeline into a run folder, here or in an object store; finished steps found there are not repeated.
 
     Args:
         pipeline: takes `config` and `output_uri`; None: the whole DAG.
@@ -44,18 +46,18 @@ def run_locally(config: RunConfig, run_folder: Path, pipeline: Callable[..., Any
         TryAgain: stopped by SIGINT or SIGTERM, after the running step has saved its state.
     """
     log = StepLog(sys.stdout)
-    for failed in run_folder.glob("*.failed.json"):  # of an earlier attempt
-        failed.unlink()
+    for name in NODES:
+        forget_failure(run_uri, name)
     with tempfile.TemporaryDirectory(prefix="tuneloop-", ignore_cleanup_errors=True) as scratch, _Stop() as stop:
         try:
             with _environment(scratch), contextlib.redirect_stdout(log), _quiet(log):
-                _run_pipeline(config, run_folder, scratch, pipeline)
+                _run_pipeline(config, run_uri, scratch, pipeline)
         except KeyboardInterrupt:
             raise TryAgain("stopped before the next step began") from None
         except RuntimeError as error:
             if stop.asked:
                 raise TryAgain("stopped; what the running step had saved is kept") from None
-            raise _failure(run_folder, log, error) from None
+            raise _failure(run_uri, log, error) from None
 
 
 def run_command(command: Sequence[str], title: str, run_folders: Sequence[Path]) -> None:
@@ -77,13 +79,13 @@ def run_command(command: Sequence[str], title: str, run_folders: Sequence[Path])
     if stop.asked:
         raise TryAgain("stopped; what the running step had saved is kept")
     for folder in run_folders:
-        if failures := _failures(folder):
-            raise StepFailed(*failures[0])
+        if found := failures(str(folder), NODES):
+            raise _step_failed(found[0])
     message = f"{title}: was killed, most likely for lack of memory; what it had saved is kept"
     raise StepFailed(message if code < 0 else f"{title}: failed; its traceback is in the log above", 1)
 
 
-def _run_pipeline(config: RunConfig, run_folder: Path, scratch: str, pipeline: Callable[..., Any] | None) -> None:
+def _run_pipeline(config: RunConfig, run_uri: str, scratch: str, pipeline: Callable[..., Any] | None) -> None:
     from kfp import local
 
     from pipelines.post_training import post_training
@@ -94,7 +96,9 @@ def _run_pipeline(config: RunConfig, run_folder: Path, scratch: str, pipeline: C
         workspace_root=f"{scratch}/workspace",
         raise_on_error=True,
     )
-    (pipeline or post_training)(config=resolved_json(config), output_uri=str(run_folder.resolve()))
+    (pipeline or post_training)(
+        config=resolved_json(config), output_uri=run_uri if is_remote(run_uri) else str(Path(run_uri).resolve())
+    )
 
 
 @contextlib.contextmanager
@@ -124,23 +128,18 @@ def _quiet(log: StepLog) -> Iterator[None]:
         logging.getLogger().removeHandler(handler)
 
 
-def _failures(run_folder: Path) -> list[tuple[str, int]]:
-    """(line, exit code) of every step that left a record of its failure, the earliest first."""
-    found = []
-    for file in sorted(run_folder.glob("*.failed.json"), key=lambda path: path.stat().st_mtime):
-        failed = json.loads(file.read_text())
-        known = failed["exit_code"] in (EXIT_USER_ERROR, EXIT_GATE_REFUSED, EXIT_TRY_AGAIN)
-        where = "" if known else " (its traceback is in the log above)"
-        found.append((f"{failed['step']}: {failed['message']}{where}", failed["exit_code"]))
-    return found
+def _step_failed(failure: StepFailure) -> StepFailed:
+    known = failure.exit_code in (EXIT_USER_ERROR, EXIT_GATE_REFUSED, EXIT_TRY_AGAIN)
+    where = "" if known else " (its traceback is in the log above)"
+    return StepFailed(f"{failure.step}: {failure.message}{where}", failure.exit_code)
 
 
-def _failure(run_folder: Path, log: StepLog, error: RuntimeError) -> StepFailed:
-    if failures := _failures(run_folder):
-        return StepFailed(*failures[0])
+def _failure(run_uri: str, log: StepLog, error: RuntimeError) -> StepFailed:
+    if found := failures(run_uri, NODES):
+        return _step_failed(found[0])
     if killed := log.killed or log.step:
         message = "was killed, most likely for lack of memory; what it had saved is kept"
-        record_failure(run_folder, killed, 1, message)
+        record_failure(run_uri, StepFailure(killed, 1, message))
         return StepFailed(f"{killed}: {message}", 1)
     sys.stdout.write(log.hidden() + "\n")
     return StepFailed(f"a step could not start ({error}); what it printed is above", 1)

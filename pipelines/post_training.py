@@ -32,6 +32,7 @@ def post_training(
     lora_rank: int = 0,
     learning_rate: float = 0.0,
     adapter_name: str = "",
+    schedule_time: str = "",
 ):
     """Train an adapter, prove it, promote it.
 
@@ -44,6 +45,7 @@ def post_training(
         lora_rank: lora.rank.
         learning_rate: lora_rl.optimizer.learning_rate.
         adapter_name: promote.adapter_name.
+        schedule_time: when the tick of a schedule was due, ISO 8601; now when empty.
     """
     with dsl.ExitHandler(exit_task=without_cache(report, output_uri=output_uri), name="post-training"):
         checked = without_cache(
@@ -56,13 +58,16 @@ def post_training(
             lora_rank=lora_rank,
             learning_rate=learning_rate,
             adapter_name=adapter_name,
+            schedule_time=schedule_time,
         )
         run = {"config": checked.outputs["config"], "output_uri": output_uri}
-        data = without_cache(data_prep, **run).outputs["Output"]
-        warmup = without_cache(sft_warmup, data=data, **run).outputs["Output"]
-        training = without_cache(lora_rl, data=data, warmup=warmup, **run).outputs["Output"]
-        merging = without_cache(merge_adapter, training=training, data=data, warmup=warmup, **run)
-        evaluation = without_cache(evaluate, data=data, warmup=warmup, training=training, **run).after(merging)
-        with dsl.If(evaluation.outputs["Output"] == True, name="gate-passed"):  # noqa: E712 - builds a condition
-            evidence = {"evaluation": evaluation.outputs["uri"], "data": data, "merge": merging.outputs["Output"]}
-            without_cache(promote, training=training, **evidence, **run)
+        prepared = without_cache(data_prep, **run)
+        with dsl.If(prepared.outputs["Output"] == True, name="data-changed"):  # noqa: E712 - builds a condition
+            data = prepared.outputs["uri"]
+            warmup = without_cache(sft_warmup, data=data, **run).outputs["Output"]
+            training = without_cache(lora_rl, data=data, warmup=warmup, **run).outputs["Output"]
+            merging = without_cache(merge_adapter, training=training, data=data, warmup=warmup, **run)
+            evaluation = without_cache(evaluate, data=data, warmup=warmup, training=training, **run).after(merging)
+            with dsl.If(evaluation.outputs["Output"] == True, name="gate-passed"):  # noqa: E712
+                evidence = {"evaluation": evaluation.outputs["uri"], "data": data, "merge": merging.outputs["Output"]}
+                without_cache(promote, training=training, **evidence, **run)

@@ -17,7 +17,9 @@ def preparation(config: str, output_uri: str):
         output_uri: the run folder.
     """
     as_in_config = {"base_model": "", "dataset_uri": "", "updates": 0, "lora_rank": 0, "learning_rate": 0.0}
-    checked = without_cache(check, config=config, output_uri=output_uri, adapter_name="", **as_in_config)
+    checked = without_cache(
+        check, config=config, output_uri=output_uri, adapter_name="", schedule_time="", **as_in_config
+    )
     run = {"config": checked.outputs["config"], "output_uri": output_uri}
-    data = without_cache(data_prep, **run).outputs["Output"]
+    data = without_cache(data_prep, **run).outputs["uri"]
     without_cache(sft_warmup, data=data, **run)

@@ -10,21 +10,13 @@ from pathlib import Path
 
 from components.config import RunConfig, load_run_config
 from components.lock import exclusive_lock
-from components.runner import FINGERPRINT, Step, StepResult, step_fingerprint
+from components.mirror import FINGERPRINT
+from components.result import StepResult
+from components.runner import Step, step_fingerprint
+from pipelines.steps import STEPS
 from tuneloop.config import apply_overrides, config_digest, parse_config, read_config_file, resolved_json
 from tuneloop.errors import UserError
 from tuneloop.storage import local_path
-
-# Every step in the order of the DAG, and which step's output each of its inputs is.
-STEPS: dict[str, dict[str, str]] = {
-    "check": {},
-    "data_prep": {},
-    "sft_warmup": {"data": "data_prep"},
-    "lora_rl": {"data": "data_prep", "warmup": "sft_warmup"},
-    "merge_adapter": {"training": "lora_rl", "data": "data_prep", "warmup": "sft_warmup"},
-    "evaluate": {"data": "data_prep", "warmup": "sft_warmup", "training": "lora_rl"},
-    "promote": {"training": "lora_rl", "evaluation": "evaluate", "data": "data_prep", "merge": "merge_adapter"},
-}
 
 
 def create_run(config: RunConfig, output: str, name: str | None = None) -> Path:
@@ -38,12 +30,7 @@ def create_run(config: RunConfig, output: str, name: str | None = None) -> Path:
         UserError: the name is taken or no folder name, or `output` cannot be written.
     """
     runs = local_path(output)
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
-        raise UserError(
-            f"--run {name!r}: use letters, digits, '.', '_' and '-' only, and start with one of the first two"
-        )
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    wanted = name or f"{config.name}-{stamp}-{config_digest(config)[:6]}"
+    wanted = run_name(config, name)
     try:
         folder = _make_folder(runs, wanted, unique=name is None)
         (folder / "config.json").write_text(resolved_json(config))
@@ -54,6 +41,20 @@ def create_run(config: RunConfig, output: str, name: str | None = None) -> Path:
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror}); choose another folder") from None
     return folder
+
+
+def run_name(config: RunConfig, name: str | None) -> str:
+    """The name that was asked for, or `<config name>-<UTC time>-<config digest>`.
+
+    Raises:
+        UserError: the name cannot name a folder.
+    """
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+        raise UserError(
+            f"--run {name!r}: use letters, digits, '.', '_' and '-' only, and start with one of the first two"
+        )
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    return name or f"{config.name}-{stamp}-{config_digest(config)[:6]}"
 
 
 def _make_folder(runs: Path, wanted: str, unique: bool) -> Path:

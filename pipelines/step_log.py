@@ -4,7 +4,7 @@ import re
 from collections import deque
 from typing import TextIO
 
-from components.runner import STEP_BEGINS, STEP_ENDS
+from components.node import STEP_BEGINS, STEP_ENDS
 
 _INDENT = "    "  # kfp.local writes it before every line of a task, and before none of its own banners
 _EXECUTOR = "[KFP Executor"

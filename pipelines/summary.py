@@ -5,12 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from tuneloop.errors import EXIT_GATE_REFUSED, EXIT_OK
+from tuneloop.storage import join_uri
 
 MODELS = ("base", "sft", "candidate", "incumbent")
 
 
-def summary(folder: Path) -> str:
-    """The end of a complete run, as a few lines of text."""
+def summary(folder: Path, run: str) -> str:
+    """The end of a complete run, as a few lines of text.
+
+    Args:
+        folder: holds what it reads.
+        run: the run folder or URI, as the lines name it.
+    """
+    if skipped(folder):
+        return f"skipped: the data is what the incumbent was trained on\n{report_line(run)}"
     evaluation = _read(folder / "evaluate" / "evaluation.json")
     lines = [f"{'model':<12}{'accuracy':>9}   95 % interval"]
     for name in MODELS:
@@ -26,17 +34,24 @@ def summary(folder: Path) -> str:
         promotion = _read(folder / "promote" / "promotion.json")
         named = f"{promotion['adapter_name']} version {promotion['version']}"
         lines.append(f"promoted: {named} is now {promotion['alias']}")
-    lines.append(f"adapter: {folder / 'lora_rl' / 'adapter'}")
-    return "\n".join([*lines, report_line(folder)])
+    lines.append(f"adapter: {join_uri(run, 'lora_rl/adapter')}")
+    return "\n".join([*lines, report_line(run)])
 
 
-def report_line(folder: Path) -> str:
-    """Where the report is."""
-    return f"report: {folder / 'report' / 'report.html'}"
+def report_line(run: str) -> str:
+    """Where the report of a run folder or URI is."""
+    return f"report: {join_uri(run, 'report/report.html')}"
+
+
+def skipped(folder: Path) -> bool:
+    """Whether the run ended behind data_prep, because there was nothing new to train on."""
+    return _read(folder / "data_prep" / "step.json")["summary"]["changed"] is False
 
 
 def exit_code(folder: Path) -> int:
-    """0 when the run promoted, 3 when the gate said no."""
+    """0 when the run promoted or had nothing to train on, 3 when the gate said no."""
+    if skipped(folder):
+        return EXIT_OK
     passed = _read(folder / "evaluate" / "evaluation.json")["gate"]["passed"]
     return EXIT_OK if passed else EXIT_GATE_REFUSED
 

@@ -140,7 +140,7 @@ def main() -> None:
 
 def forked(action: Callable[[], object]) -> int:
     """Do it in a child that ends with a step's exit code; returns the child's process id."""
-    from components.runner import exit_code_of
+    from components.exit_codes import exit_code_of
 
     child = os.fork()
     if child == 0:

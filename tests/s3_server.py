@@ -1,11 +1,16 @@
 """A real HTTP S3 endpoint on 127.0.0.1 for tests: `from tests.s3_server import s3_server  # noqa: F401`.
 
 moto checks a condition and then stores, in two moves; S3 promises one. Requests are therefore handled one at a time.
-Faults can be put in front: a status for the next requests of a method, an answer that is lost, a body that is cut off.
+Faults can be put in front: a status for the next requests of a method, an answer that is lost, a body that is cut off,
+or trouble by chance.
 """
 
+import collections
 import functools
+import random
+import socket
 import threading
+import time
 import urllib.request
 from collections.abc import Iterable
 from typing import Any
@@ -26,6 +31,8 @@ class S3Server:
         lose_answers: how many more writes are carried out but answered by 500.
         cut_bodies: how many more bodies of GET end after `cut_share` of their bytes.
         ignore_conditions: writes are carried out whatever their If-Match and If-None-Match say.
+        trouble: by chance a request is answered 503 (10 in 100), its connection breaks half-way (3) or it is slow (3).
+        troubles: how often each happened.
         requests: every (method, path) that came.
     """
 
@@ -46,7 +53,9 @@ class S3Server:
         self.refuse: dict[tuple[str, int, str], int] = {}
         self.lose_answers = self.cut_bodies = 0
         self.cut_share = 0.5
-        self.ignore_conditions = False
+        self.ignore_conditions = self.trouble = False
+        self.troubles: collections.Counter[str] = collections.Counter()
+        self._draw = random.Random(0)
         self.requests: list[tuple[str, str]] = []
 
     def _handle(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -57,6 +66,15 @@ class S3Server:
                 self.refuse[refused, status, code] -= 1
                 environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
                 return _error(start_response, status, code)
+        kind = self._trouble() if self.trouble else ""
+        if kind == "503":
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            return _error(start_response, 503, "SlowDown")
+        if kind == "slow":
+            time.sleep(0.5)
+        if kind == "broken" and method != "GET":
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
+            return _break(environ)
         if self.ignore_conditions:
             environ = {name: value for name, value in environ.items() if "_MATCH" not in name}
         answer: list[Any] = []
@@ -69,7 +87,20 @@ class S3Server:
         if method == "GET" and self.cut_bodies and len(body) > 1:
             self.cut_bodies -= 1
             body = body[: int(len(body) * self.cut_share)]
+        if kind == "broken" and method == "GET":
+            body = body[: len(body) // 2]
         return [body]
+
+    def _trouble(self) -> str:
+        chance = self._draw.random()
+        kind = "503" if chance < 0.10 else "broken" if chance < 0.13 else "slow" if chance < 0.16 else ""
+        self.troubles[kind] += 1
+        return kind
+
+
+def _break(environ: dict[str, Any]) -> Iterable[bytes]:
+    environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+    return []
 
 
 def _error(start_response: Any, status: int, code: str) -> Iterable[bytes]:

@@ -33,29 +33,49 @@ def load_config(cls: type[Model], path: str | Path, overrides: Iterable[str] = (
     Raises:
         UserError: the file is missing or not TOML/JSON, an override is malformed, or a value is refused.
     """
-    return parse_config(cls, apply_overrides(read_config_file(path), overrides), origin=str(path))
+    return parse_config(cls, apply_overrides(read_config_file(path), overrides), origin=_origin(path))
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The raw mapping of a `.toml` or `.json` file.
+    """The raw mapping of a `.toml` or `.json` file, which may be an s3:// URI; or of JSON text, which begins with "{".
 
     Raises:
         UserError: missing, unreadable, or not a mapping.
+        TryAgain: an object store is unavailable.
     """
-    path = Path(path)
+    if _is_json_text(path):
+        kind, text = "json", str(path)
+    else:
+        kind, text = str(path).rpartition(".")[2], _read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        data = json.loads(text) if kind == "json" else tomllib.loads(text)
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{_origin(path)}: not valid {'JSON' if kind == 'json' else 'TOML'}: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a table of settings, found {type(data).__name__}")
+    return data
+
+
+def _is_json_text(path: str | Path) -> bool:
+    return str(path).lstrip().startswith("{")
+
+
+def _origin(path: str | Path) -> str:
+    """What messages call the config."""
+    return "config" if _is_json_text(path) else str(path)
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        if str(path).startswith("s3://"):
+            from tuneloop.storage import read_file
+
+            return read_file(str(path)).decode()
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({error})") from None
-    try:
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a table of settings, found {type(data).__name__}")
-    return data
 
 
 def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

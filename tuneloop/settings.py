@@ -116,6 +116,14 @@ class LoraSettings(StrictModel):
         return max(self.rank, *self.rank_pattern.values(), 1)
 
 
+class RetrainSettings(StrictModel):
+    """What a run does that is repeated on a schedule. A source's uri may hold {day} or {day:%Y/%m/%d}."""
+
+    window_days: Annotated[int, Field(ge=1, le=3660)] = 1  # whole days (UTC) before the tick that {day} stands for
+    skip_unchanged: bool = False  # nothing is trained while the data is what the incumbent was trained on
+    warm_start: bool = False  # the warm-up continues the incumbent's adapter; afresh while there is none
+
+
 class OptimizerSettings(StrictModel):
     """AdamW with decoupled weight decay and a learning rate that warms up linearly."""
 

@@ -1,4 +1,4 @@
 from components.data_prep.step import STEP
-from components.runner import main
+from components.step_command import main
 
 raise SystemExit(main(STEP))

@@ -47,7 +47,23 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
         "rows_quarantined": card.quarantined,
         "rows_dropped": dropped,
         **{f"dropped_{reason}": count for reason, count in card.dropped.items()},
+        "changed": _changed(config, card.fingerprint),
     }
+
+
+def _changed(config: RunConfig, fingerprint: str) -> bool:
+    """Whether there is something to train: false only if it was asked for, and the incumbent was trained on this."""
+    if not config.retrain.skip_unchanged:
+        return True
+    from tuneloop.registry import Registry
+
+    place = config.promote
+    incumbent = Registry(place.registry).resolve(place.adapter_name, place.alias)
+    if incumbent is None or incumbent.record.get("data_fingerprint") != fingerprint:
+        return True
+    known = f"{place.adapter_name} version {incumbent.version}"
+    print(f"data_prep: the data is what {known} was trained on: nothing to train", flush=True)
+    return False
 
 
 def make_source(settings: SourceSettings, task: TaskSettings) -> Source:
@@ -124,4 +140,4 @@ _SOURCES: dict[str, Callable[[SourceSettings, TaskSettings], Source]] = {
     "reasoning_gym": _reasoning_gym,
 }
 
-STEP = Step(name="data_prep", inputs=(), run=run, sections=("model", "task", "data_prep"))
+STEP = Step(name="data_prep", inputs=(), run=run, sections=("model", "task", "data_prep", "retrain"))

@@ -17,10 +17,10 @@ def evaluate(
     """
     import json
 
-    from components.runner import run_in_pipeline
-    from tuneloop.storage import local_path
+    from components.node import run_in_pipeline
+    from tuneloop.storage import read_file
 
     inputs = {"data": data, "warmup": warmup, "training": training}
     uri = run_in_pipeline("evaluate", config=config, output_uri=output_uri, inputs=inputs, metrics=metrics)
-    evaluation = json.loads((local_path(uri) / "evaluation.json").read_text())
+    evaluation = json.loads(read_file(f"{uri}/evaluation.json"))
     return (uri, evaluation["gate"]["passed"])  # type: ignore[return-value]

@@ -1,4 +1,4 @@
 from components.lora_rl.step import STEP
-from components.runner import main
+from components.step_command import main
 
 raise SystemExit(main(STEP))

@@ -16,8 +16,11 @@ from typing import Any
 
 from components.command_line import CommandLine
 from components.config import RunConfig, load_run_config
+from components.exit_codes import exit_code_of
+from components.failures import StepFailure, record_failure
 from components.lora_rl.step import STEP, leave
-from components.runner import Summary, execute, exit_code_of, record_failure
+from components.result import Summary
+from components.runner import execute
 from tuneloop.errors import UserError
 from tuneloop.storage import local_path
 
@@ -132,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def on_failure(code: int, message: str) -> None:
         if arguments.record_failures:
             for output in arguments.output:
-                record_failure(local_path(output).parent, STEP.name, code, message)
+                record_failure(str(local_path(output).parent), StepFailure(STEP.name, code, message))
 
     return exit_code_of(lambda: execute_together(_parts(arguments)), on_failure)
 

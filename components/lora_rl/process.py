@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from components.config import RunConfig
+from components.exit_codes import stop_on_signals
 from components.lora_rl.step import train
-from components.runner import stop_on_signals
 from tuneloop.config import parse_config
 from tuneloop.training.launch import take_part
 

@@ -10,7 +10,7 @@ def merge_adapter(
     config: str, output_uri: str, training: str, data: str, warmup: str, metrics: dsl.Output[dsl.Metrics]
 ) -> str:
     """Fold the adapter into its base and probe the result; returns the URI of the merged model."""
-    from components.runner import run_in_pipeline
+    from components.node import run_in_pipeline
 
     inputs = {"training": training, "data": data, "warmup": warmup}
     return run_in_pipeline("merge_adapter", config=config, output_uri=output_uri, inputs=inputs, metrics=metrics)

@@ -13,11 +13,6 @@ def report(
     model_card: dsl.Output[dsl.Markdown],
 ) -> str:
     """Write the run's report and model card; returns the URI of the report."""
-    import shutil
+    from components.node import report_in_pipeline
 
-    from components.runner import report_in_pipeline
-
-    folder = report_in_pipeline(output_uri, metrics=metrics)
-    shutil.copyfile(folder / "report.html", page.path)
-    shutil.copyfile(folder / "model_card.md", model_card.path)
-    return str(folder)
+    return report_in_pipeline(output_uri, metrics, page.path, model_card.path)

@@ -1,27 +1,27 @@
 """The report step: unlike the others it runs after a failure too, and replaces what it wrote before."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from components.command_line import CommandLine
-from components.runner import exit_code_of
-from tuneloop.storage import local_path
+from components.exit_codes import exit_code_of
+from tuneloop.storage import is_remote, join_uri
 
 
-def run(run_folder: Path, error: str = "") -> None:
+def run(run_uri: str, error: str = "") -> None:
     """Write the report of a run, as far as the run got.
 
     Args:
-        run_folder: holds the folders of the steps.
+        run_uri: holds the folders of the steps.
         error: why the run ended, when nothing in the folder tells.
 
     Raises:
         UserError: there is no such folder.
     """
-    from tuneloop.report import build_report
+    from tuneloop.report import report_of
 
-    files = build_report(run_folder, error)
-    print(f"report: {files.html}", flush=True)
+    with report_of(run_uri, error) as folder:
+        page = folder / "report" / "report.html"
+        print(f"report: {join_uri(run_uri, 'report/report.html') if is_remote(run_uri) else page}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,4 +30,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", required=True, metavar="URI", help="the run folder")
     parser.add_argument("--error", default="", metavar="TEXT", help="why the run ended, when nothing in it tells")
     arguments = parser.parse_args(argv)
-    return exit_code_of(lambda: run(local_path(arguments.run), arguments.error))
+    return exit_code_of(lambda: run(arguments.run, arguments.error))

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from components.runner import execute, main
-from pipelines.runs import STEPS
+from components.runner import execute
+from components.step_command import main
+from pipelines.steps import STEPS
 from tests.tiny_run import tiny_config, tiny_toml
 from tuneloop.models.sources import resolve_model
 
@@ -166,8 +167,8 @@ CASES = (
     # The config
     Case("no config file", "check", "none.toml: no such config file", config="$TMP/none.toml"),
     Case("binary config", "check", "cannot be read as text", files={"x.toml": b"\xff\xfe\x00"}, config="$TMP/x.toml"),
-    Case("config is not TOML", "check", "not valid toml", files={"x.toml": b"[model\n"}, config="$TMP/x.toml"),
-    Case("config is not JSON", "check", "not valid json", files={"x.json": b"{,}"}, config="$TMP/x.json"),
+    Case("config is not TOML", "check", "not valid TOML", files={"x.toml": b"[model\n"}, config="$TMP/x.toml"),
+    Case("config is not JSON", "check", "not valid JSON", files={"x.json": b"{,}"}, config="$TMP/x.json"),
     Case("config is a list", "check", "expected a table", files={"x.json": b"[1]"}, config="$TMP/x.json"),
     Case("missing section", "check", "required, but not given", files={"x.toml": OLD_CONFIG.encode()}, config="$TMP/x.toml"),
     Case("empty config", "check", "name: required", files={"x.toml": b""}, config="$TMP/x.toml"),

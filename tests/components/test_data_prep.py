@@ -96,7 +96,7 @@ def test_the_step_needs_neither_kfp_nor_torch_once_the_model_is_there(tmp_path):
     execute(STEP, tiny_config(), {}, str(tmp_path / "first"))  # makes the tiny model
     code = (
         "import sys; sys.modules['torch'] = sys.modules['kfp'] = None; from components.data_prep.step import STEP; "
-        "from components.runner import main; "
+        "from components.step_command import main; "
         f"sys.exit(main(STEP, ['--config', {str(tiny_toml(tmp_path))!r}, '--output', {str(tmp_path / 'out')!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)

@@ -13,8 +13,9 @@ import torch
 from components.config import RunConfig, load_run_config
 from components.data_prep.step import STEP as DATA_PREP
 from components.evaluate.step import STEP
-from components.runner import execute, main, step_fingerprint
+from components.runner import execute, step_fingerprint
 from components.sft_warmup.step import STEP as SFT_WARMUP
+from components.step_command import main
 from tuneloop.data.reader import read_examples
 from tuneloop.errors import UserError
 from tuneloop.models.adapter_io import Adapter, load_adapter, save_adapter

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from components.config import RunConfig, load_run_config
 from components.data_prep.step import STEP as DATA_PREP
 from components.merge_adapter.step import STEP
-from components.runner import execute, main
+from components.runner import execute
+from components.step_command import main
 from tuneloop.errors import UserError
 from tuneloop.models.adapter_io import Adapter, save_adapter
 from tuneloop.models.merge import merge_adapter

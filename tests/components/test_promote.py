@@ -11,7 +11,8 @@ import torch
 
 from components.config import RunConfig, load_run_config
 from components.promote.step import STEP
-from components.runner import execute, main
+from components.runner import execute
+from components.step_command import main
 from tests.s3_server import BUCKET, s3_server  # noqa: F401
 from tuneloop.config import config_digest, resolved_json
 from tuneloop.errors import GateRefused, UserError

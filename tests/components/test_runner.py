@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 from components.config import RunConfig
-from components.runner import Step, StepResult, execute, exit_code_of, main, run_in_pipeline
+from components.exit_codes import exit_code_of
+from components.node import run_in_pipeline
+from components.result import StepResult
+from components.runner import Step, execute
+from components.step_command import main
 from tests.tiny_run import tiny_config, tiny_toml
 from tuneloop.errors import GateRefused, TryAgain, UserError
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from components.config import load_run_config
 from components.runner import execute
-from pipelines.runs import STEPS
+from pipelines.steps import STEPS
 from tuneloop.models.adapter_io import load_adapter
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "ci.toml"

@@ -18,9 +18,11 @@ import pytest
 
 from components.config import load_run_config
 from components.runner import execute
-from pipelines.runs import STEPS
+from pipelines.steps import STEPS
+from tests.s3_server import s3_server  # noqa: F401 - a fixture
 from tuneloop.models.adapter_io import load_adapter
 from tuneloop.models.sources import resolve_model
+from tuneloop.storage import open_storage
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "ci.toml"
@@ -317,3 +319,55 @@ def test_another_seed_trains_another_adapter(run, tmp_path):
     assert first == again
     assert first[0] != other[0]
     assert first[1][1] != other[1][1]
+
+
+# The same pipeline with everything in an object store
+
+
+def stored(uri: str) -> dict[str, bytes]:
+    """Every object below a URI."""
+    storage = open_storage(uri)
+    return {key: storage.read_bytes(key) for key in storage.list()}
+
+
+def test_object_store_that_stumbles_gives_the_same_adapter(run, s3_server, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("TUNELOOP_CACHE", str(tmp_path / "cache"))
+    s3_server.trouble = True
+    command = [sys.executable, "-m", "pipelines", "run", "--config", str(CONFIG), "--output", "s3://models/runs"]
+    command += ["--run", "whole", "--set", "promote.registry=s3://models/registry"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    s3_server.trouble = False
+    assert min(s3_server.troubles[kind] for kind in ("503", "broken", "slow")) > 0, s3_server.troubles
+    assert "report: s3://models/runs/whole/report/report.html" in done.stdout
+
+    objects = stored("s3://models/runs/whole")
+    assert json.loads(objects["lora_rl/rl.json"]) == json.loads((run.folder / "lora_rl" / "rl.json").read_text())
+    adapter = "adapter/adapter_model.safetensors"
+    assert objects[f"lora_rl/{adapter}"] == (run.folder / "lora_rl" / adapter).read_bytes()
+    assert stored("s3://models/registry")[f"last-digit/versions/1/{adapter}"] == objects[f"lora_rl/{adapter}"]
+    local = {path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file()}
+    assert {key for key in objects if "tensorboard" not in key} == {n for n in local if "tensorboard" not in n}
+    assert any("lora_rl.partial/checkpoints" in path for method, path in s3_server.requests if method == "PUT")
+    assert not list((tmp_path / "cache").glob("outputs/*/*"))  # this machine keeps copies of inputs only
+
+
+def test_training_goes_on_on_another_machine(run, s3_server, tmp_path, monkeypatch):  # noqa: F811
+    training = Training("lora_rl", run, tmp_path, "lora_rl.checkpoint_every=5")
+    training.command[training.command.index("--output") + 1] = "s3://models/runs/killed/lora_rl"
+    monkeypatch.setenv("TUNELOOP_CACHE", str(tmp_path / "first"))
+    process = training.start()
+    saved = "lora_rl.partial/checkpoints/update-0000"
+    while not any(saved in path and path.endswith("COMMITTED") and method == "PUT"
+                  for method, path in list(s3_server.requests)):  # fmt: skip
+        assert process.poll() is None, training.log.read_text()
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    monkeypatch.setenv("TUNELOOP_CACHE", str(tmp_path / "second"))
+    assert training.start().wait() == 0, training.log.read_text()
+    assert "fetched update-0000" in training.log.read_text()
+    assert training.continued_from() >= 5
+    objects = stored("s3://models/runs/killed")
+    assert json.loads(objects["lora_rl/rl.json"]) == json.loads((run.folder / "lora_rl" / "rl.json").read_text())
+    assert not [key for key in objects if key.startswith("lora_rl.partial")]

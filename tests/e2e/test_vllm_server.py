@@ -22,7 +22,7 @@ import pytest
 
 from components.config import load_run_config
 from components.runner import execute
-from pipelines.runs import STEPS
+from pipelines.steps import STEPS
 from tests.vllm_here import needs_vllm
 from tuneloop.data.reader import read_examples
 from tuneloop.evaluation.contenders import Contender, answer_all

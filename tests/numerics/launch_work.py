@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from components.runner import stop_on_signals
+from components.exit_codes import stop_on_signals
 from tuneloop.errors import TryAgain, UserError
 from tuneloop.training.launch import take_part
 from tuneloop.training.settings import DistributedSettings

@@ -15,7 +15,7 @@ from tuneloop.training.settings import DistributedSettings
 
 PARENT = """
 import sys
-from components.runner import exit_code_of
+from components.exit_codes import exit_code_of
 from tuneloop.training.launch import run_processes
 sys.exit(exit_code_of(lambda: run_processes(["-m", "tests.numerics.launch_work", sys.argv[1]], 2, grace_seconds=2)))
 """

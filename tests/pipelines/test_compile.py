@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipelines.compile import COMPILED, check_compiled, compile_pipeline
-from pipelines.runs import STEPS
+from pipelines.steps import STEPS
 from tuneloop.errors import UserError
 
 
@@ -35,13 +35,14 @@ def test_compiles_in_under_five_seconds(tmp_path):
 
 
 def test_graph_is_the_one_of_run_folders(tmp_path):
-    """Every input of every step comes from the step that `STEPS` says, and the console's form has eight parameters."""
+    """Every input of every step comes from the step that `STEPS` says, and the console's form has nine parameters."""
     spec = yaml.safe_load(compile_pipeline(tmp_path / "p.yaml").read_text())
     tasks = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
     tasks |= spec["components"]["comp-condition-2"]["dag"]["tasks"]
+    tasks |= spec["components"]["comp-condition-3"]["dag"]["tasks"]
     found = {}
     for name, task in tasks.items():
-        if name == "condition-2":
+        if name.startswith("condition-"):
             continue
         inputs = task["inputs"]["parameters"]
         found[name.replace("-", "_")] = {
@@ -51,11 +52,13 @@ def test_graph_is_the_one_of_run_folders(tmp_path):
         }
     assert found == STEPS
     assert "merge-adapter" in tasks["evaluate"]["dependentTasks"]
-    assert "evaluate-Output'] == true" in tasks["condition-2"]["triggerPolicy"]["condition"]
+    assert "data-prep-Output'] == true" in tasks["condition-2"]["triggerPolicy"]["condition"]
+    assert "evaluate-Output'] == true" in tasks["condition-3"]["triggerPolicy"]["condition"]
     report = spec["root"]["dag"]["tasks"]["report"]
     assert report["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
     assert set(spec["root"]["inputDefinitions"]["parameters"]) == {
         "config", "base_model", "dataset_uri", "output_uri", "updates", "lora_rank", "learning_rate", "adapter_name",
+        "schedule_time",
     }  # fmt: skip
 
 

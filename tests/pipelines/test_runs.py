@@ -6,6 +6,7 @@ import pytest
 
 from components.runner import execute
 from pipelines import runs
+from pipelines.steps import STEPS
 from tests.tiny_run import tiny_config
 from tuneloop.errors import UserError
 
@@ -14,7 +15,7 @@ def finished(folder, config, *names):
     """Run the named steps for real into the run folder."""
     for name in names:
         step = importlib.import_module(f"components.{name}.step").STEP
-        inputs = {key: str(folder / source) for key, source in runs.STEPS[name].items()}
+        inputs = {key: str(folder / source) for key, source in STEPS[name].items()}
         execute(step, config, inputs, str(folder / name))
 
 

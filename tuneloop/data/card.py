@@ -49,11 +49,15 @@ class DataCard:
         """Rows in the three splits."""
         return sum(self.splits.values())
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over `<split> <id> <length> <answer> <length> <completion>\\n` of every kept row."""
+        return self._digest.hexdigest()
+
     def keep(self, split: str, row_id: str, row: Row) -> None:
         """Count a kept row, in the order in which rows are written.
 
-        The fingerprint is the sha256 over `<split> <id> <length> <answer> <length> <completion>\\n` of every kept row;
-        lengths in characters, so that no two sequences of rows give the same bytes.
+        Lengths in the fingerprint are in characters, so that no two sequences of rows give the same bytes.
         """
         self.splits[split] += 1
         line = f"{split} {row_id} {len(row.answer)} {row.answer} {len(row.completion)} {row.completion}\n"
@@ -81,7 +85,7 @@ class DataCard:
                 "completion_tokens": length_statistics(self.completion_tokens),
             },
             "sources": [tally.__dict__ for tally in self.sources],
-            "fingerprint": self._digest.hexdigest(),
+            "fingerprint": self.fingerprint,
             "examples": self.examples,
         }
 

@@ -12,7 +12,7 @@ from tuneloop.errors import EXIT_GATE_REFUSED, EXIT_TRY_AGAIN, UserError
 STEPS = ("check", "data_prep", "sft_warmup", "lora_rl", "merge_adapter", "evaluate", "promote")
 MODELS = ("base", "sft", "candidate", "incumbent")
 MESSAGE_LENGTH = 2000  # characters; longer ones are cut
-State = Literal["done", "failed", "refused", "unfinished", "not reached"]
+State = Literal["done", "failed", "refused", "skipped", "unfinished", "not reached"]
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,13 @@ class RunRecord:
         return self.folder.name
 
     @property
-    def status(self) -> Literal["promoted", "kept", "failed"]:
-        """promoted; kept (the incumbent, or nothing, stays in production); failed (anything else)."""
+    def status(self) -> Literal["promoted", "kept", "skipped", "failed"]:
+        """promoted; kept (the incumbent, or nothing, stays in production); skipped (the data is what the incumbent was
+        trained on); failed (anything else)."""
         if self.failure:
             return "failed"
+        if any(step.state == "skipped" for step in self.steps.values()):
+            return "skipped"
         return "promoted" if self.promotion.get("promoted") else "kept"
 
     @property
@@ -131,6 +134,8 @@ def read_run(folder: Path, error: str = "") -> RunRecord:
     evaluation = part("evaluate", "evaluation.json")
     if dig(evaluation, "gate", "passed") is False and steps["promote"].state == "not reached":
         steps["promote"] = replace(steps["promote"], state="refused")
+    if dig(steps["data_prep"].result, "summary", "changed") is False and steps["sft_warmup"].state == "not reached":
+        steps |= {name: replace(step, state="skipped") for name, step in steps.items() if step.state == "not reached"}
     config = _read_json(folder / "config.json", unreadable)
     for record in reversed(steps.values()):
         if not config and record.folder:
@@ -194,7 +199,7 @@ def _read_json(path: Path, unreadable: list[str]) -> dict[str, Any]:
 def _failure(steps: dict[str, StepRecord], error: str) -> Failure | None:
     """The first step that is neither done nor refused by the gate, and why; None when the run came to its end."""
     line = _one_line(error)
-    stopped = next((record for record in steps.values() if record.state not in ("done", "refused")), None)
+    stopped = next((record for record in steps.values() if record.state not in ("done", "refused", "skipped")), None)
     if stopped is None:
         return Failure(None, line) if line else None
     told = _one_line(stopped.told.get("message") or "")

@@ -10,7 +10,7 @@ EXIT_MEANINGS = {
     2: "Something in the request must change before it can work; the line says what.",
     75: "Nothing is wrong with the request: the same command continues where it can.",
 }
-STATE_MARKS = {"done": "✓", "failed": "✗", "refused": "–", "unfinished": "…", "not reached": ""}
+STATE_MARKS = {"done": "✓", "failed": "✗", "refused": "–", "skipped": "–", "unfinished": "…", "not reached": ""}
 
 
 def verdict(run: RunRecord) -> Html:
@@ -40,11 +40,15 @@ def headline(run: RunRecord) -> str:
     if run.status == "promoted":
         version = dig(run.promotion, "version")
         return "The candidate is better, and is now " + (f"version {version}" if version else "in production")
+    if run.status == "skipped":
+        return "Nothing new to train on"
     return "The candidate was not promoted"
 
 
 def lead(run: RunRecord, main: Comparison | None) -> str:
     """The measured difference in words; empty without an evaluation."""
+    if run.status == "skipped":
+        return "The data is what the incumbent was trained on, so the run ended before it asked for a GPU."
     if not main:
         return ""
     name = METRIC_NAMES.get(main.metric, main.metric)
@@ -73,6 +77,8 @@ def _pill(run: RunRecord) -> Html:
         return tag("span", "✗ Stopped" if _only_stopped(run) else "✗ Failed", cls="pill bad")
     if run.status == "promoted":
         return tag("span", "✓ Promoted", cls="pill good")
+    if run.status == "skipped":
+        return tag("span", "– Skipped", cls="pill kept")
     has_incumbent = bool(score(run, "incumbent")) or dig(run.promotion, "previous_version")
     return tag("span", "– Kept the incumbent" if has_incumbent else "– Nothing promoted", cls="pill kept")
 

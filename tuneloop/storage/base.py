@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, Protocol
@@ -104,13 +104,16 @@ class Storage(Protocol):
         """Remove what is stored under the key; nothing there is no error."""
         ...
 
-    def put_tree(self, local: Path, key: str) -> dict[str, str]:
+    def put_tree(self, local: Path, key: str, leave_out: Sequence[str] = ()) -> dict[str, str]:
         """Store every file below a local folder under `key/<relative path>`, each atomically.
+
+        Args:
+            leave_out: relative paths that are not stored.
 
         Returns:
             relative path -> sha256 (hex).
         """
-        names = files_below(local)
+        names = [name for name in files_below(local) if name not in leave_out]
         with ThreadPoolExecutor(PARALLEL_FILES) as pool:
             digests = pool.map(lambda name: self.put_file(local / name, join_key(key, name)), names)
             return dict(zip(names, digests, strict=True))

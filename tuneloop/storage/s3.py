@@ -3,12 +3,15 @@
 The content's sha256 is kept in the object's own metadata: unlike a second object it cannot get out of step, and unlike
 S3's checksum of a multipart upload it is over the whole content. S3 checks every upload by SHA256 on arrival.
 Credentials, region, endpoint and the number of tries are those of every AWS tool: AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, AWS_MAX_ATTEMPTS, a shared config file, or the pod's role.
+AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, AWS_MAX_ATTEMPTS, a shared config file, or the pod's role (IRSA,
+Pod Identity). TUNELOOP_S3_ENCRYPTION is the server-side encryption of writes: AES256, aws:kms or aws:kms:dsse;
+with the last two, TUNELOOP_S3_KMS_KEY may name the key. Without it the bucket's own default holds.
 """
 
 import contextlib
 import hashlib
 import io
+import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -35,6 +38,8 @@ from tuneloop.storage.local import replace_file
 _SHA256, _WRITE_ID = "sha256", "write-id"  # names in the objects' metadata
 _RESUMES = 5  # broken downloads in a row, with nothing read in between
 _BUSY_WAIT_SECONDS = 0.2
+_TRIES = 8  # of a request, waiting up to 20 s between two, by chance: about half a minute in all
+_ENCRYPTIONS = ("AES256", "aws:kms", "aws:kms:dsse")
 
 
 class S3Storage(Storage):
@@ -51,6 +56,7 @@ class S3Storage(Storage):
     def __init__(self, bucket: str, prefix: str = ""):
         self.bucket, self.prefix = bucket, prefix.strip("/")
         self.uri = join_uri(f"s3://{bucket}", self.prefix)
+        self._encryption = _encryption()
         with _clear_errors(self.uri):
             self._client = _make_client()
 
@@ -82,7 +88,7 @@ class S3Storage(Storage):
 
         with open(local, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {_SHA256: digest}}
+        extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {_SHA256: digest}, **self._encryption}
         with _clear_errors(join_uri(self.uri, key)):
             try:
                 self._client.upload_file(str(local), self.bucket, self._key(key), ExtraArgs=extra)
@@ -147,6 +153,7 @@ class S3Storage(Storage):
                     Body=data,
                     ChecksumAlgorithm="SHA256",
                     Metadata={_SHA256: digest, **metadata},
+                    **self._encryption,
                     **condition,
                 )["ETag"]
             except ClientError as error:
@@ -214,19 +221,34 @@ class _ObjectStream(io.RawIOBase):
 
 def _make_client() -> Any:
     try:
+        import botocore.session
         from boto3.session import Session
         from botocore.config import Config
     except ModuleNotFoundError:
         raise UserError("s3:// URIs need boto3: pip install 'tuneloop[s3]'") from None
     # A session of its own: boto3's default one is not safe to use from several threads.
-    session = Session()
+    core = botocore.session.get_session()
+    session = Session(botocore_session=core)
     config = Config(retries={"mode": "standard"}, connect_timeout=10, read_timeout=60)
+    if core.get_config_variable("max_attempts") is None:
+        config = config.merge(Config(retries={"mode": "standard", "total_max_attempts": _TRIES}))
     client = session.client("s3", config=config)
     of_amazon = (urlparse(client.meta.endpoint_url).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
     if of_amazon or (client.meta.config.s3 or {}).get("addressing_style"):
         return client
     # Servers of one's own rarely have a DNS name for every bucket.
     return session.client("s3", config=config.merge(Config(s3={"addressing_style": "path"})))
+
+
+def _encryption() -> dict[str, str]:
+    """What a write asks the server to encrypt with."""
+    kind, key = (os.environ.get(f"TUNELOOP_S3_{name}", "") for name in ("ENCRYPTION", "KMS_KEY"))
+    if kind and kind not in _ENCRYPTIONS:
+        raise UserError(f"TUNELOOP_S3_ENCRYPTION={kind}: expected one of {', '.join(_ENCRYPTIONS)}")
+    if key and not kind.startswith("aws:kms"):
+        raise UserError("TUNELOOP_S3_KMS_KEY names a key: set TUNELOOP_S3_ENCRYPTION=aws:kms too")
+    asked = {"ServerSideEncryption": kind, "SSEKMSKeyId": key}
+    return {name: value for name, value in asked.items() if value}
 
 
 def _status(error: Any) -> int:

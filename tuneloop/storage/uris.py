@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from urllib.parse import unquote, urlparse
 
 from tuneloop.errors import UserError
 from tuneloop.progress import Progress
-from tuneloop.storage.base import NotFound, Storage
+from tuneloop.storage.base import NotFound, Storage, temporary_beside
 from tuneloop.storage.local import LocalStorage
 
 
@@ -34,7 +35,7 @@ def open_storage(uri: str) -> Storage:
     Raises:
         UserError: another scheme, no bucket, or a root that is a file.
     """
-    if not uri.startswith("s3://"):
+    if not is_remote(uri):
         return LocalStorage(local_path(uri))
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     if not bucket:
@@ -50,7 +51,7 @@ def storage_for(uri: str) -> tuple[Storage, str]:
     Raises:
         UserError: as `open_storage`, or the URI names no file.
     """
-    if uri.startswith("s3://"):
+    if is_remote(uri):
         folder, _, name = uri.rpartition("/")
         if folder in ("s3:/", "s3:") or not name:
             raise UserError(f"{uri}: names no object; write s3://bucket/folder/name")
@@ -59,6 +60,51 @@ def storage_for(uri: str) -> tuple[Storage, str]:
     if not path.name:
         raise UserError(f"{uri!r}: names no file")
     return LocalStorage(path.parent), path.name
+
+
+def is_remote(uri: str) -> bool:
+    """Whether a URI names something in an object store, and not on this machine."""
+    return uri.startswith("s3://")
+
+
+def read_file(uri: str) -> bytes:
+    """The content of a local file, `file://` or `s3://` object.
+
+    Raises:
+        UserError, TryAgain: as `read_stream`.
+    """
+    storage, key = storage_for(uri)
+    return storage.read_bytes(key)
+
+
+def write_file(uri: str, content: bytes) -> None:
+    """Make a local file, `file://` or `s3://` object, which appears whole; what was there is replaced.
+
+    Raises:
+        UserError, TryAgain: the storage refuses, or cannot be reached.
+        OSError: the local disk refuses.
+    """
+    if is_remote(uri):
+        storage, key = storage_for(uri)
+        storage.write_bytes(key, content)
+        return
+    path = local_path(uri)  # plain, without the checksum that local storage keeps beside what it holds
+    partial = temporary_beside(path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def delete_file(uri: str) -> None:
+    """Remove a local file or `s3://` object; nothing there is no error."""
+    if is_remote(uri):
+        storage, key = storage_for(uri)
+        storage.delete(key)
+    else:
+        local_path(uri).unlink(missing_ok=True)
 
 
 def read_stream(uri: str) -> BinaryIO:
