@@ -1,0 +1,140 @@
+"""Keeps a vLLM server on the version that an alias of the registry names.
+
+What is wanted (the alias) is compared with what is there (the server's own list) at every look, so it does not matter
+which of follower, server and registry was started again. Every version has a folder of its own: vLLM tells cached
+prefixes of different adapters apart by name and folder.
+"""
+
+import os
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tuneloop.errors import TuneloopError, UserError
+from tuneloop.registry import RegisteredVersion, Registry
+from tuneloop.serving.vllm_server import AdapterRefused, ServerDown, VllmServer
+
+REFUSED_AGAIN_SECONDS = 300.0  # until a version that vLLM refused is tried again
+
+
+@dataclass(frozen=True)
+class Status:
+    """What one look found: the version that is wanted and the one that is served, None when there is none.
+
+    `problem` is one line, empty when all is well; `waiting` says that vLLM itself does not answer yet.
+    """
+
+    wanted: int | None = None
+    served: int | None = None
+    problem: str = ""
+    waiting: bool = False
+
+
+class AliasFollower:
+    """Serves `adapter_name` under its own name at whatever version the alias names.
+
+    Args:
+        folder: where versions are kept; the server reads the same path.
+        base_uri: the base model that is served; a version that was trained on another is refused. Empty: not compared.
+    """
+
+    def __init__(
+        self, registry: Registry, adapter_name: str, alias: str, server: VllmServer, folder: Path, base_uri: str = ""
+    ):
+        self._registry, self.adapter_name, self._alias, self._server = registry, adapter_name, alias, server
+        self._folder, self._base_uri = folder / adapter_name, base_uri
+        self._refused: dict[Path, tuple[float, str]] = {}
+
+    def look(self) -> Status:
+        """Bring the server to the version that the alias names, if it is not there yet.
+
+        Nothing that can go wrong takes away what is served: the version before stays, and `problem` says why.
+        """
+        try:
+            loaded = self._server.adapters()
+        except ServerDown as error:
+            return Status(problem=str(error), waiting=True)
+        status = Status(served=self._version_of(loaded.get(self.adapter_name)))
+        try:
+            version = self._registry.resolve(self.adapter_name, self._alias)
+            if version is None:
+                raise UserError(f"{self._registry.uri}: {self.adapter_name} has no alias {self._alias!r}; promote a version")
+            status = replace(status, wanted=version.version)
+            target = self._target(version)
+            if loaded.get(self.adapter_name) != str(target):
+                self._check(version, target)
+                version.fetch_adapter(target)
+                self._switch(target, loaded)
+            return replace(status, served=version.version)
+        except ServerDown as error:
+            return replace(status, problem=str(error), waiting=True)
+        except (TuneloopError, OSError) as error:
+            return self._hold(status, loaded, str(error))
+
+    def is_served(self) -> bool:
+        """Whether the server answers for the adapter at this moment."""
+        try:
+            return self.adapter_name in self._server.adapters()
+        except ServerDown:
+            return False
+
+    def _target(self, version: RegisteredVersion) -> Path:
+        return self._folder / f"{version.version}-{version.record['adapter_digest'].removeprefix('sha256:')[:12]}"
+
+    def _check(self, version: RegisteredVersion, target: Path) -> None:
+        trained_on = version.record.get("base_uri")
+        if self._base_uri and trained_on != self._base_uri:
+            raise UserError(f"{self.adapter_name} version {version.version} was trained on {trained_on}, "
+                            f"but {self._base_uri} is served; serve that base, or move the alias back")  # fmt: skip
+        again, message = self._refused.get(target, (0.0, ""))
+        if time.monotonic() < again:
+            raise AdapterRefused(message)
+
+    def _switch(self, target: Path, loaded: dict[str, str]) -> None:
+        """Let the adapter's name mean the folder `target`.
+
+        vLLM's own replacement in place is not used: it stays switched on for the adapter, which is then read from the
+        disk again at every step. Instead the new version is tried under another name, and only then the name is moved;
+        requests that come meanwhile wait for vLLM's lock on the name.
+        """
+        name, trial = self.adapter_name, f"{self.adapter_name}@{target.name}"
+        try:
+            for leftover in loaded:
+                if leftover.startswith(f"{name}@"):
+                    self._server.unload(leftover)
+            self._server.load(trial, target)
+        except AdapterRefused as error:
+            self._refused[target] = (time.monotonic() + REFUSED_AGAIN_SECONDS, str(error))
+            raise
+        self._server.unload(name)
+        self._server.load(name, target)
+        self._server.unload(trial)
+        self._refused.clear()
+        self._remember(target, loaded.get(name))
+
+    def _hold(self, status: Status, loaded: dict[str, str], problem: str) -> Status:
+        """Serve what was served last, which a server that was started again has forgotten."""
+        current = self._folder / "current"
+        if self.adapter_name not in loaded and current.is_dir():
+            last = current.resolve()
+            try:
+                self._server.load(self.adapter_name, last)
+                status = replace(status, served=self._version_of(str(last)))
+            except TuneloopError as error:
+                problem = f"{problem}; {error}"
+        return replace(status, problem=" ".join(problem.split()))
+
+    def _remember(self, target: Path, before: str | None) -> None:
+        """Note what is served, and remove all versions but it and the one before, which requests may still need."""
+        link = self._folder / ".current"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
+        os.replace(link, self._folder / "current")
+        for path in self._folder.iterdir():
+            if path.is_dir() and not path.is_symlink() and path != target and str(path) != before:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _version_of(self, folder: str | None) -> int | None:
+        number = Path(folder or "").name.partition("-")[0]
+        return int(number) if number.isdigit() else None
