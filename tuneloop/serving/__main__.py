@@ -7,9 +7,11 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from tuneloop.errors import EXIT_OK, TuneloopError, UserError
+from tuneloop.errors import EXIT_OK, EXIT_USER_ERROR, TuneloopError, UserError
 from tuneloop.registry import PRODUCTION, Registry
+from tuneloop.registry.layout import check_name
 from tuneloop.serving.alias_follower import AliasFollower, Status
 from tuneloop.serving.readiness import Readiness
 from tuneloop.serving.vllm_server import VllmServer
@@ -39,6 +41,8 @@ def follow(options: argparse.Namespace) -> None:
         signal.signal(number, lambda *_: stop.set())
     server = VllmServer(options.server, os.environ.get("VLLM_API_KEY", ""))
     registry = Registry(options.registry)
+    check_name(options.adapter, "adapter")
+    check_name(options.alias, "alias")
     follower = AliasFollower(registry, options.adapter, options.alias, server, options.folder.absolute(), options.base)
     print(f"following {options.adapter} {options.alias} in {options.registry}", flush=True)
     failures, said = 0, Status()
@@ -82,9 +86,17 @@ def fetch_base(options: argparse.Namespace) -> None:
     print(f"{link} is {options.model}", flush=True)
 
 
+class _OneLine(argparse.ArgumentParser):
+    """A parser whose errors are one line, as every other refusal."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_USER_ERROR)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tuneloop.serving", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = _OneLine(prog="python -m tuneloop.serving", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_OneLine)
     following = commands.add_parser("follow", help="keep a vLLM server on the version that an alias names")
     following.add_argument("--registry", required=True, metavar="URI", help="a folder or s3://bucket/prefix")
     following.add_argument("--adapter", required=True, metavar="NAME", help="the adapter, and the model's name in vLLM")

@@ -5,6 +5,7 @@ which of follower, server and registry was started again. Every version has a fo
 prefixes of different adapters apart by name and folder.
 """
 
+import hashlib
 import os
 import shutil
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from tuneloop.errors import TuneloopError, UserError
 from tuneloop.registry import RegisteredVersion, Registry
+from tuneloop.registry.versions import file_digests
 from tuneloop.serving.vllm_server import AdapterRefused, ServerDown, VllmServer
 
 REFUSED_AGAIN_SECONDS = 300.0  # until a version that vLLM refused is tried again
@@ -51,38 +53,40 @@ class AliasFollower:
 
         Nothing that can go wrong takes away what is served: the version before stays, and `problem` says why.
         """
+        status = Status()
         try:
-            loaded = self._server.adapters()
-        except ServerDown as error:
-            return Status(problem=str(error), waiting=True)
-        status = Status(served=self._version_of(loaded.get(self.adapter_name)))
-        try:
+            served = self._server.adapters().get(self.adapter_name)
+            status = Status(served=_version_in(served))
             version = self._registry.resolve(self.adapter_name, self._alias)
             if version is None:
-                raise UserError(f"{self._registry.uri}: {self.adapter_name} has no alias {self._alias!r}; promote a version")
+                raise UserError(
+                    f"{self._registry.uri}: {self.adapter_name} has no alias {self._alias!r} yet; promote a version"
+                )
             status = replace(status, wanted=version.version)
             target = self._target(version)
-            if loaded.get(self.adapter_name) != str(target):
-                self._check(version, target)
-                version.fetch_adapter(target)
-                self._switch(target, loaded)
+            if served != str(target):
+                self._refuse(version, target)
+                self._fetch(version, target)
+                self._switch(target, served)
             return replace(status, served=version.version)
         except ServerDown as error:
-            return replace(status, problem=str(error), waiting=True)
+            return replace(status, served=None, problem=str(error), waiting=True)
         except (TuneloopError, OSError) as error:
-            return self._hold(status, loaded, str(error))
+            return self._hold(replace(status, problem=" ".join(str(error).split())))
 
     def is_served(self) -> bool:
         """Whether the server answers for the adapter at this moment."""
         try:
             return self.adapter_name in self._server.adapters()
-        except ServerDown:
+        except TuneloopError:
             return False
 
     def _target(self, version: RegisteredVersion) -> Path:
-        return self._folder / f"{version.version}-{version.record['adapter_digest'].removeprefix('sha256:')[:12]}"
+        digest = hashlib.sha256(version.record["adapter_digest"].encode()).hexdigest()
+        return self._folder / f"{version.version}-{digest[:12]}"
 
-    def _check(self, version: RegisteredVersion, target: Path) -> None:
+    def _refuse(self, version: RegisteredVersion, target: Path) -> None:
+        """Raise what is known to be wrong with a version."""
         trained_on = version.record.get("base_uri")
         if self._base_uri and trained_on != self._base_uri:
             raise UserError(f"{self.adapter_name} version {version.version} was trained on {trained_on}, "
@@ -91,39 +95,46 @@ class AliasFollower:
         if time.monotonic() < again:
             raise AdapterRefused(message)
 
-    def _switch(self, target: Path, loaded: dict[str, str]) -> None:
+    def _fetch(self, version: RegisteredVersion, target: Path) -> None:
+        files = {name.removeprefix("adapter/"): digest for name, digest in version.record["files"].items()}
+        if target.is_dir() and file_digests(target) != files:
+            shutil.rmtree(target)  # damaged on this disk
+        version.fetch_adapter(target)
+
+    def _switch(self, target: Path, served: str | None) -> None:
         """Let the adapter's name mean the folder `target`.
 
-        vLLM's own replacement in place is not used: it stays switched on for the adapter, which is then read from the
-        disk again at every step. Instead the new version is tried under another name, and only then the name is moved;
-        requests that come meanwhile wait for vLLM's lock on the name.
+        vLLM's own replacement in place is not used: the flag stays on the adapter, which is then read from the disk
+        again at every step. Instead the new version is tried under another name, and only then the name is moved.
+        Requests that come meanwhile wait for vLLM's lock on the name, and those under way finish with the version that
+        they began with.
         """
         name, trial = self.adapter_name, f"{self.adapter_name}@{target.name}"
         try:
-            for leftover in loaded:
-                if leftover.startswith(f"{name}@"):
-                    self._server.unload(leftover)
-            self._server.load(trial, target)
+            if served:
+                self._server.unload(trial)  # of a follower that was killed here
+                self._server.load(trial, target)
+                self._server.unload(name)
+            self._server.load(name, target)
         except AdapterRefused as error:
             self._refused[target] = (time.monotonic() + REFUSED_AGAIN_SECONDS, str(error))
             raise
-        self._server.unload(name)
-        self._server.load(name, target)
-        self._server.unload(trial)
+        if served:
+            self._server.unload(trial)
         self._refused.clear()
-        self._remember(target, loaded.get(name))
+        self._remember(target, served)
 
-    def _hold(self, status: Status, loaded: dict[str, str], problem: str) -> Status:
+    def _hold(self, status: Status) -> Status:
         """Serve what was served last, which a server that was started again has forgotten."""
         current = self._folder / "current"
-        if self.adapter_name not in loaded and current.is_dir():
-            last = current.resolve()
-            try:
-                self._server.load(self.adapter_name, last)
-                status = replace(status, served=self._version_of(str(last)))
-            except TuneloopError as error:
-                problem = f"{problem}; {error}"
-        return replace(status, problem=" ".join(problem.split()))
+        try:
+            served = self._server.adapters().get(self.adapter_name)
+            if served is None and current.is_dir():
+                served = str(current.resolve())
+                self._server.load(self.adapter_name, current.resolve())
+        except TuneloopError as error:
+            return replace(status, served=None, problem=f"{status.problem}; {error}")
+        return replace(status, served=_version_in(served))
 
     def _remember(self, target: Path, before: str | None) -> None:
         """Note what is served, and remove all versions but it and the one before, which requests may still need."""
@@ -135,6 +146,7 @@ class AliasFollower:
             if path.is_dir() and not path.is_symlink() and path != target and str(path) != before:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _version_of(self, folder: str | None) -> int | None:
-        number = Path(folder or "").name.partition("-")[0]
-        return int(number) if number.isdigit() else None
+
+def _version_in(folder: str | None) -> int | None:
+    number = Path(folder or "").name.partition("-")[0]
+    return int(number) if number.isdigit() else None

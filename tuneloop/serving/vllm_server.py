@@ -1,7 +1,7 @@
 """What a running vLLM OpenAI server is asked: which adapters it has, to load one, to forget one.
 
-The endpoints are vLLM's own, `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`; it has them when it was started with
-`--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.
+The endpoints are vLLM's own, `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`; it has them when it was started
+with `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.
 """
 
 import json
@@ -37,6 +37,7 @@ class VllmServer:
         """Name -> folder of the adapters that the server answers for.
 
         Raises:
+            UserError: it refuses the key.
             ServerDown: it does not answer, or not yet.
         """
         status, answer = self._request("/v1/models", None)
@@ -55,8 +56,6 @@ class VllmServer:
         if status == 404 and "error" not in answer:  # the route itself is missing
             raise UserError(f"{self.url}: cannot load adapters while it runs; start vLLM with --enable-lora and "
                             "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True")  # fmt: skip
-        if status in (401, 403):
-            raise UserError(f"{self.url}: refuses the key; set VLLM_API_KEY to the one that vLLM was started with")
         if status != 200:
             raise AdapterRefused(f"vLLM refuses {folder.name}: {_message(answer)}")
 
@@ -80,6 +79,8 @@ class VllmServer:
                 return response.status, _parse(response.read())
         except urllib.error.HTTPError as error:
             with error:
+                if error.code in (401, 403):
+                    raise UserError(f"{self.url}: refuses the key; set VLLM_API_KEY as vLLM has it") from None
                 return error.code, _parse(error.read())
         except (OSError, HTTPException) as error:
             raise ServerDown(f"{self.url}: does not answer ({getattr(error, 'reason', error)})") from None

@@ -1,6 +1,6 @@
 """Make the schemas in this folder from CustomResourceDefinitions: `python -m tests.cluster.crds.make CRD.yaml …`.
 
-A schema is what the CRD says about each served version, without its descriptions, compressed: Argo's are 2.8 MB as text.
+A schema is what the CRD says about a served version, without descriptions, compressed (Argo's are 2.8 MB as text).
 """
 
 import gzip
