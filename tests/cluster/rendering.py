@@ -18,6 +18,8 @@ OPTIONAL = tuple(
     )
 )
 
+EITHER_OR = {"serving", "kserve"}  # two ways to serve the same
+
 Manifest = dict[str, Any]
 
 

@@ -2,6 +2,7 @@
 
 Kubernetes' own kinds are compared with the schemas of the package kubernetes-validate, custom resources with what their
 CustomResourceDefinitions say (`tests/cluster/crds/`). Rules that only an API server evaluates (CEL) are not checked.
+A KServe predictor is a pod with the further fields that KServe 0.21's V1beta1ComponentExtensionSpec has.
 """
 
 import functools
@@ -15,6 +16,12 @@ import kubernetes_validate
 from kubernetes_validate import utils
 
 KUBERNETES_VERSIONS = ("1.33", "1.34", "1.35", "1.36", "1.37")
+
+KSERVE = ("serving.kserve.io/v1beta1", "InferenceService")
+_KSERVE_FIELDS = {
+    "annotations", "autoScaling", "batcher", "canaryTrafficPercent", "containerConcurrency", "deploymentStrategy",
+    "labels", "logger", "maxReplicas", "minReplicas", "scaleMetric", "scaleMetricType", "scaleTarget", "timeout",
+}  # fmt: skip
 
 # Each call reads megabytes of definitions anew.
 utils.schema_contents = functools.cache(utils.schema_contents)
@@ -33,9 +40,14 @@ def custom_resources() -> dict[tuple[str, str], dict[str, Any]]:
 def problems(manifest: dict[str, Any], kubernetes_version: str) -> list[str]:
     """What is wrong with an object, a line each; empty when the API would take it."""
     key = (manifest.get("apiVersion", ""), manifest.get("kind", ""))
+    metadata = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": manifest["metadata"]}
     if key in custom_resources():
-        metadata = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": manifest["metadata"]}
         return [*_own_kind(metadata, kubernetes_version), *_custom(manifest, key)]
+    if key == KSERVE:
+        [(part, predictor)] = manifest["spec"].items()
+        pod = {name: value for name, value in predictor.items() if name not in _KSERVE_FIELDS}
+        unknown = [f"spec.{part}"] if part != "predictor" else []
+        return [*unknown, *_own_kind({**metadata, "kind": "Pod", "spec": pod}, kubernetes_version)]
     return _own_kind(manifest, kubernetes_version)
 
 

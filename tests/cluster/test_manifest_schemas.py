@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.rendering import OPTIONAL, OVERLAYS, Manifest, build, combination, named, overlay
+from tests.cluster.rendering import EITHER_OR, OPTIONAL, OVERLAYS, Manifest, build, combination, named, overlay
 from tests.cluster.schemas import KUBERNETES_VERSIONS, custom_resources, problems
 
 CLUSTER_SCOPED = {"Namespace"}
@@ -26,6 +26,7 @@ def test_an_overlay_is_valid(name: str, version: str):
 
 def test_every_combination_of_components_is_valid(tmp_path: Path):
     sets = [chosen for size in range(len(OPTIONAL) + 1) for chosen in itertools.combinations(OPTIONAL, size)]
+    sets = [chosen for chosen in sets if not set(chosen) >= EITHER_OR]
     assert len(sets) >= 8
     for chosen in sets:
         manifests = combination(chosen, tmp_path)
@@ -83,6 +84,17 @@ def test_a_wrong_value_is_refused(kind: str, path: tuple, value: object):
         place = place[step]
     place[path[-1]] = value
     assert problems(found, KUBERNETES_VERSIONS[-1])
+
+
+@pytest.mark.parametrize("path", [("spec", "predictor", "replicas"), ("spec", "predictor", "containers", 1, "images")])
+def test_an_unknown_field_of_kserve_is_refused(path: tuple, tmp_path: Path):
+    found = named(combination(("kserve",), tmp_path), "InferenceService")["tuneloop-serving"]
+    assert problems(found, KUBERNETES_VERSIONS[0]) == []
+    place = found
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = 1
+    assert path[-1] in " ".join(problems(found, KUBERNETES_VERSIONS[0]))
 
 
 def test_a_kind_that_no_schema_knows_is_refused():

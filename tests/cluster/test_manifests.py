@@ -10,18 +10,25 @@ import pytest
 from components import images
 from tests.cluster.rendering import MANIFESTS, OPTIONAL, OVERLAYS, Manifest, combination, named, overlay, pod_specs
 
+EVERYTHING = tuple(name for name in OPTIONAL if name != "kserve")
 README = (MANIFESTS / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory) -> list[Manifest]:
-    """Base with every component."""
-    return combination(OPTIONAL, tmp_path_factory.mktemp("all"))
+    """Base with every component but KServe's, which takes the place of serving."""
+    return combination(EVERYTHING, tmp_path_factory.mktemp("all"))
 
 
-@pytest.fixture(params=[*OVERLAYS, "everything"])
-def manifests(request, everything: list[Manifest]) -> list[Manifest]:
-    return everything if request.param == "everything" else overlay(request.param)
+@pytest.fixture(scope="module")
+def kserve(tmp_path_factory) -> list[Manifest]:
+    """Base with KServe's serving."""
+    return combination(("kserve",), tmp_path_factory.mktemp("kserve"))
+
+
+@pytest.fixture(params=[*OVERLAYS, "everything", "kserve"])
+def manifests(request) -> list[Manifest]:
+    return overlay(request.param) if request.param in OVERLAYS else request.getfixturevalue(request.param)
 
 
 def everywhere(value: Any, key: str) -> list[Any]:
@@ -93,6 +100,21 @@ def test_every_pod_is_restricted(manifests: list[Manifest]):
     for found in manifests:
         for path, spec in pod_specs(found):
             assert not_restricted(spec) == [], (found["metadata"]["name"], path)
+
+
+def test_kserve_gets_the_pod_of_the_deployment(everything: list[Manifest], kserve: list[Manifest]):
+    assert not named(kserve, "Deployment")
+    assert not named(kserve, "Service")
+    predictor = dict(named(kserve, "InferenceService")["tuneloop-serving"]["spec"]["predictor"])
+    template = named(everything, "Deployment")["tuneloop-serving"]["spec"]["template"]
+    assert predictor.pop("labels").items() <= template["metadata"]["labels"].items()
+    assert (predictor.pop("minReplicas"), predictor.pop("maxReplicas")) == (1, 1)
+    assert predictor["containers"][0].pop("name") == "kserve-container"
+    assert {**template["spec"]["containers"][0], **predictor["containers"][0]} == template["spec"]["containers"][0]
+    predictor["containers"][0]["name"] = "vllm"
+    assert predictor == template["spec"]  # what was not copied would be missing here
+    [config] = named(kserve, "ConfigMap")
+    assert everywhere(predictor, "configMapRef") == [{"name": config}] * 3
 
 
 def test_the_namespace_lets_no_other_pod_in(manifests: list[Manifest]):
@@ -238,5 +260,5 @@ def test_an_image_is_named_in_one_place(tmp_path: Path):
     text = text.replace("tuneloop/train, newTag: dev", f'tuneloop/train, digest: "sha256:{"0" * 64}"')
     text = text.replace("tuneloop/base, newTag: dev", "tuneloop/base, newName: registry.example/base, newTag: v7")
     place.write_text(text)
-    changed = combination(OPTIONAL, tmp_path)
+    changed = combination(EVERYTHING, tmp_path)
     assert set(everywhere(changed, "image")) == {"registry.example/base:v7", f"tuneloop/train@sha256:{'0' * 64}"}
