@@ -1,4 +1,4 @@
-"""The pipeline's renderings: written by `python -m pipelines compile`, checked in for one config, compared in a test."""
+"""The pipeline's renderings: written by `python -m pipelines compile`, checked in for one config, and compared."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The pipeline as Kubeflow Pipelines takes it: the IR with Kubernetes' platform spec, or the IR alone for any backend."""
+"""The pipeline as Kubeflow Pipelines takes it: the IR with Kubernetes' platform spec, or alone for any backend."""
 
 import hashlib
 import json

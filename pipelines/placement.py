@@ -12,7 +12,6 @@ from tuneloop.config import config_digest
 from tuneloop.errors import UserError
 
 HOLDS_A_MODEL = ("sft_warmup", "lora_rl", "evaluate")  # on the GPU, where there is one; rollouts go through /dev/shm
-TRAINS = ("sft_warmup", "lora_rl")
 NOT_RETRIED = ("check", "report")  # what check refuses it refuses again; a report can be made at any time
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
@@ -20,15 +19,15 @@ PART_OF_LABEL, STEP_LABEL = "app.kubernetes.io/part-of", "app.kubernetes.io/comp
 
 _NAME_LENGTH = 40  # of an object: Argo adds a time to a CronWorkflow's, and a label's value ends at 63
 _HOUR = 3600
-_DEFAULTS = {
-    "check": StepResources(cpu="1", memory="4Gi", timeout_seconds=_HOUR),
-    "data_prep": StepResources(cpu="2", memory="8Gi", timeout_seconds=6 * _HOUR),
-    "sft_warmup": StepResources(cpu="8", memory="32Gi", timeout_seconds=24 * _HOUR),
-    "lora_rl": StepResources(cpu="8", memory="64Gi", timeout_seconds=72 * _HOUR),
-    "merge_adapter": StepResources(cpu="4", memory="32Gi", timeout_seconds=6 * _HOUR),
-    "evaluate": StepResources(cpu="8", memory="32Gi", timeout_seconds=24 * _HOUR),
-    "promote": StepResources(cpu="1", memory="4Gi", timeout_seconds=_HOUR),
-    "report": StepResources(cpu="1", memory="2Gi", timeout_seconds=_HOUR),
+_USUAL = {  # CPUs, memory, seconds of one attempt
+    "check": ("1", "4Gi", _HOUR),
+    "data_prep": ("2", "8Gi", 6 * _HOUR),
+    "sft_warmup": ("8", "32Gi", 24 * _HOUR),
+    "lora_rl": ("8", "64Gi", 72 * _HOUR),
+    "merge_adapter": ("4", "32Gi", 6 * _HOUR),
+    "evaluate": ("8", "32Gi", 24 * _HOUR),
+    "promote": ("1", "4Gi", _HOUR),
+    "report": ("1", "2Gi", _HOUR),
 }
 
 
@@ -71,7 +70,8 @@ def place(config: RunConfig, step: str, image: str) -> StepPlacement:
         image: the one that the step's component names; `[cluster]` may name it otherwise.
     """
     cluster = config.cluster
-    asked, usual = getattr(cluster.steps, step), _DEFAULTS[step]
+    asked: StepResources = getattr(cluster.steps, step)
+    cpu, memory, seconds = _USUAL[step]
     gpus = asked.gpus if asked.gpus is not None else _gpus(config, step)
     labels = {PART_OF_LABEL: "tuneloop", STEP_LABEL: step}
     if gpus and cluster.queue:
@@ -81,11 +81,11 @@ def place(config: RunConfig, step: str, image: str) -> StepPlacement:
         step=step,
         image=image,
         image_pull_secrets=cluster.image_pull_secrets,
-        cpu=asked.cpu or usual.cpu,
-        memory=asked.memory or usual.memory,
+        cpu=asked.cpu or cpu,
+        memory=asked.memory or memory,
         gpus=gpus,
         gpu_resource=cluster.gpu_resource,
-        timeout_seconds=asked.timeout_seconds or usual.timeout_seconds,
+        timeout_seconds=asked.timeout_seconds or seconds,
         retries=0 if step in NOT_RETRIED else cluster.retries,
         retry_seconds=cluster.retry_seconds,
         shm=cluster.shm if step in HOLDS_A_MODEL else "",

@@ -17,7 +17,6 @@ from components.promote.component import promote
 from components.report.component import report
 from components.sft_warmup.component import sft_warmup
 
-
 Place = Callable[[str, dsl.PipelineTask], object]
 
 

@@ -1,7 +1,7 @@
 """The report as Argo's S3 artifact, so that Argo's console shows it.
 
-Its place is the run folder's own, named in full: so it needs no artifact repository in the cluster. Everything else that
-steps make they write there themselves, with checkpoints while they run, which Argo's artifacts could not do.
+Its place is the run folder's own, named in full: so it needs no artifact repository in the cluster. Everything else
+that steps make they write there themselves, with checkpoints while they run, which Argo's artifacts could not do.
 """
 
 from typing import Any
