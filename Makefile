@@ -6,7 +6,7 @@ CONFIG ?= configs/demo.toml
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint typecheck ci compile golden bench report clean
+.PHONY: help setup demo test lint typecheck ci compile golden manifests bench report clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,10 +45,18 @@ typecheck: setup ## Check types
 
 ci: lint typecheck test ## Exactly what CI runs
 
-compile: setup ## Compile the pipeline to pipelines/compiled/
+compile: setup ## Render the pipeline for Kubeflow, Vertex, Argo and GitOps into pipelines/compiled/
 	$(BIN)/python -m pipelines compile
 
 golden: compile ## Renew the files that tests compare with
+
+manifests: setup ## Build every overlay into build/manifests/ and check it against Kubernetes' schemas
+	@mkdir -p build/manifests
+	@for overlay in $(notdir $(wildcard manifests/overlays/*)); do \
+		kubectl=$$(command -v $(BIN)/kubectl || command -v kubectl) \
+		&& "$$kubectl" kustomize manifests/overlays/$$overlay --output build/manifests/$$overlay.yaml \
+		&& echo "build/manifests/$$overlay.yaml" || exit 1; done
+	$(BIN)/python -m pytest --quiet tests/cluster/test_manifests.py tests/cluster/test_manifest_schemas.py
 
 bench: setup ## Run every benchmark (GSM8K=train.jsonl, NAMES="packing engines" for some), save benchmarks/results/
 	$(BIN)/python -c 'import trl' 2>/dev/null \

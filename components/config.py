@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from components.check.config import CheckConfig
+from components.cluster_config import ClusterConfig
 from components.data_prep.config import DataPrepConfig
 from components.evaluate.config import EvaluateConfig
 from components.lora_rl.config import LoraRlConfig
@@ -17,7 +18,7 @@ from tuneloop.tracking.settings import TrackingSettings
 
 
 class RunConfig(StrictModel):
-    """Everything that decides what a run computes. Where it runs and writes is not in here."""
+    """Everything that decides what a run computes, and `cluster`, which says where. Where it writes is not in here."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -33,6 +34,7 @@ class RunConfig(StrictModel):
     promote: PromoteConfig = PromoteConfig()
     retrain: RetrainSettings = RetrainSettings()
     tracking: TrackingSettings = TrackingSettings()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _algorithm_follows_the_task(self) -> "RunConfig":

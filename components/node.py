@@ -111,6 +111,8 @@ def report_in_pipeline(run_uri: str, metrics: MetricsSink, page: str, model_card
     Raises:
         SystemExit: the report could not be made.
     """
+    if not run_uri:
+        raise SystemExit(exit_code_of(_refuse_no_output))
 
     def build() -> None:
         from tuneloop.report import report_metrics

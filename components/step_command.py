@@ -78,6 +78,10 @@ def _value(name: str, text: str) -> str | int | float:
 
 def _run_uri(output: str, step: Step) -> str:
     run, _, name = output.rstrip("/").rpartition("/")
-    if name != step.name or not run:
+    if name == step.name and not run:
+        raise UserError(
+            f"output_uri: is empty (--output {output}); name the run folder, such as s3://bucket/runs/first"
+        )
+    if name != step.name:
         raise UserError(f"--output {output}: with --node it is <run>/{step.name}")
     return run

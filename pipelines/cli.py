@@ -39,9 +39,7 @@ def _parser(with_registry: bool, with_plan: bool) -> CommandLine:
     report.add_argument("run", metavar="RUN", help="a run folder or s3:// URI, or its name under --output")
     report.add_argument("--output", default="runs", metavar="FOLDER", help="the folder of all runs (default: runs)")
     report.set_defaults(command=_report)
-    compile_ = commands.add_parser("compile", help="write the pipeline's YAML, pipelines/compiled/post_training.yaml")
-    compile_.add_argument("--check", action="store_true", help="compare with the checked-in YAML, write nothing")
-    compile_.set_defaults(command=_compile)
+    _add_compile(commands)
     config = commands.add_parser("config", help="print a config with every default filled in")
     source = config.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", metavar="FILE", help="TOML, or resolved JSON")
@@ -85,6 +83,19 @@ def _add_run(commands: "argparse._SubParsersAction[CommandLine]") -> None:
         help=f"with --resume: run this step and all later ones again ({', '.join(STEP_NAMES)})",
     )  # fmt: skip
     run.set_defaults(command=_run)
+
+
+def _add_compile(commands: "argparse._SubParsersAction[CommandLine]") -> None:
+    compile_ = commands.add_parser("compile", help="write the pipeline for Kubeflow, Vertex, Argo and GitOps")
+    compile_.add_argument("--config", metavar="FILE", help="TOML, or resolved JSON (default: configs/cluster.toml)")
+    _add_set(compile_)
+    compile_.add_argument(
+        "--target", choices=("all", "kubernetes", "portable", "argo", "gitops"), default="all",
+        help="which rendering (default: all)",
+    )  # fmt: skip
+    compile_.add_argument("--output", metavar="FOLDER", help="where to write it (default: pipelines/compiled)")
+    compile_.add_argument("--check", action="store_true", help="compare with what is there, write nothing")
+    compile_.set_defaults(command=_compile)
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
@@ -179,13 +190,22 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _compile(arguments: argparse.Namespace) -> None:
+    from components.config import load_run_config
     from pipelines import compile as compiling
 
+    config = load_run_config(arguments.config or compiling.CONFIG, tuple(arguments.set))
+    folder = Path(arguments.output) if arguments.output else compiling.COMPILED
+    if (arguments.config or arguments.set) and not arguments.output:
+        raise UserError(
+            "--output: pipelines/compiled is of configs/cluster.toml alone; name a folder for another config"
+        )
+    targets = compiling.TARGETS if arguments.target == "all" else (arguments.target,)
     if arguments.check:
-        compiling.check_compiled()
-        print(f"{compiling.COMPILED}: up to date")
-    else:
-        print(f"wrote {compiling.compile_pipeline()}")
+        compiling.check_compiled(config, folder, targets)
+        print(f"{folder}: up to date")
+        return
+    for path in compiling.compile_pipeline(config, folder, targets):
+        print(f"wrote {path}")
 
 
 def _config(arguments: argparse.Namespace) -> None:

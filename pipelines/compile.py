@@ -1,39 +1,97 @@
-"""The pipeline as YAML: written by `python -m pipelines compile`, checked in, and compared in a test."""
+"""The pipeline's renderings: written by `python -m pipelines compile`, checked in for one config, and compared."""
 
-import re
-import tempfile
-import warnings
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from components.config import RunConfig
+from pipelines.placement import require_reachable
 from tuneloop.errors import UserError
 
-COMPILED = Path(__file__).resolve().parent / "compiled" / "post_training.yaml"
+COMPILED = Path(__file__).resolve().parent / "compiled"
+CONFIG = COMPILED.parent.parent / "configs" / "cluster.toml"
+TARGETS = ("kubernetes", "portable", "argo", "gitops")
+KUBERNETES, PORTABLE, GITOPS = "kubernetes.yaml", "portable.yaml", "gitops.yaml"
+WORKFLOW_TEMPLATE, CRON_WORKFLOW, KUSTOMIZATION = "workflow_template.yaml", "cron_workflow.yaml", "kustomization.yaml"
 
 
-def compile_pipeline(path: Path = COMPILED) -> Path:
-    """Compile the pipeline to the Pipelines IR at `path`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # kfp's notes to its own developers
-        from kfp.compiler import Compiler
+def render(config: RunConfig, targets: tuple[str, ...] = TARGETS) -> dict[str, str]:
+    """The renderings of a config.
 
-        from pipelines.post_training import post_training
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Compiler().compile(post_training, str(path))  # pyright: ignore[reportArgumentType] - decorated
-    return path
-
-
-def check_compiled(path: Path = COMPILED) -> None:
-    """Compare the checked-in YAML with what the pipeline compiles to now, whatever the SDK's version.
+    Returns:
+        File name -> content.
 
     Raises:
-        UserError: they differ, or the YAML is missing.
+        UserError: the config cannot run on a cluster, or not on a target.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        fresh = compile_pipeline(Path(folder) / path.name).read_text()
-    if not path.exists() or _normalised(path.read_text()) != _normalised(fresh):
-        raise UserError(f"{path} is not what the pipeline compiles to; run `python -m pipelines compile`")
+    require_reachable(config)
+    return {file: text for target in targets for file, text in _RENDERERS[target](config).items()}
 
 
-def _normalised(text: str) -> str:
-    return re.sub(r"(?m)^sdkVersion: .*$", "sdkVersion: any", text)
+def compile_pipeline(config: RunConfig, folder: Path = COMPILED, targets: tuple[str, ...] = TARGETS) -> list[Path]:
+    """Write the renderings of a config into `folder`; nothing is written when one is refused.
+
+    Raises:
+        UserError: as `render`, or the folder cannot be written.
+    """
+    rendered = render(config, targets)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, text in rendered.items():
+            (folder / file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written ({error.strerror}); choose another folder") from None
+    return [folder / file for file in rendered]
+
+
+def check_compiled(config: RunConfig, folder: Path = COMPILED, targets: tuple[str, ...] = TARGETS) -> None:
+    """Compare what `folder` holds with what the config renders to now, whatever the SDK's version.
+
+    Raises:
+        UserError: they differ, or a file is missing.
+    """
+    from pipelines.kfp_rendering import without_sdk_version
+
+    for file, text in render(config, targets).items():
+        path = folder / file
+        if not path.is_file() or without_sdk_version(path.read_text(encoding="utf-8")) != without_sdk_version(text):
+            raise UserError(f"{path} is not what the pipeline compiles to; run `python -m pipelines compile`")
+
+
+def _kubernetes(config: RunConfig) -> dict[str, str]:
+    from pipelines.kfp_rendering import kubernetes_package
+
+    return {KUBERNETES: kubernetes_package(config)}
+
+
+def _portable(config: RunConfig) -> dict[str, str]:
+    from pipelines.kfp_rendering import portable_package
+
+    return {PORTABLE: portable_package(config)}
+
+
+def _gitops(config: RunConfig) -> dict[str, str]:
+    from pipelines.kfp_rendering import gitops_objects
+
+    return {GITOPS: gitops_objects(config)}
+
+
+def _argo(config: RunConfig) -> dict[str, str]:
+    import yaml
+
+    from pipelines.argo import argo_objects
+
+    kinds = {"WorkflowTemplate": WORKFLOW_TEMPLATE, "CronWorkflow": CRON_WORKFLOW}
+    files: dict[str, Any] = {kinds[found["kind"]]: found for found in argo_objects(config)}
+    kustomization = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": [*files]}
+    objects = files | {KUSTOMIZATION: kustomization}
+    return {file: yaml.safe_dump(found, sort_keys=False, width=math.inf) for file, found in objects.items()}
+
+
+_RENDERERS: dict[str, Callable[[RunConfig], dict[str, str]]] = {
+    "kubernetes": _kubernetes,
+    "portable": _portable,
+    "argo": _argo,
+    "gitops": _gitops,
+}

@@ -1,79 +1,96 @@
-"""The compiled pipeline is checked in; the DAG in it is the one that run folders and resuming rely on."""
+"""`python -m pipelines compile`: the renderings that are checked in, and what the command refuses."""
 
 import resource
 import subprocess
 import sys
 
 import pytest
-import yaml
 
-from pipelines.compile import COMPILED, check_compiled, compile_pipeline
-from pipelines.steps import STEPS
+from components.config import RunConfig, load_run_config
+from pipelines import compile as compiling
+from pipelines.cli import main
+from pipelines.compile import COMPILED, CONFIG, check_compiled, compile_pipeline, render
 from tuneloop.errors import UserError
 
 
-def test_checked_in_yaml_is_current():
-    check_compiled()
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return load_run_config(CONFIG)
 
 
-def test_other_sdk_version_is_no_difference_and_another_default_is(tmp_path):
-    copy = tmp_path / COMPILED.name
-    text = COMPILED.read_text()
-    copy.write_text(text.replace("sdkVersion: kfp-", "sdkVersion: kfp-9."))
-    check_compiled(copy)
-    copy.write_text(text.replace("tuneloop/train:dev", "tuneloop/train:old", 1))
+def test_checked_in_renderings_are_current(config):
+    check_compiled(config)
+    assert {path.name for path in COMPILED.iterdir()} == set(render(config))
+
+
+def test_other_sdk_version_is_no_difference_and_another_image_is(config, tmp_path):
+    [path] = compile_pipeline(config, tmp_path, ("kubernetes",))
+    text = path.read_text()
+    path.write_text(text.replace("sdkVersion: kfp-", "sdkVersion: kfp-9."))
+    check_compiled(config, tmp_path, ("kubernetes",))
+    path.write_text(text.replace("tuneloop/train:dev", "tuneloop/train:old", 1))
     with pytest.raises(UserError, match="python -m pipelines compile"):
-        check_compiled(copy)
+        check_compiled(config, tmp_path, ("kubernetes",))
+
+
+def test_compiling_is_repeatable(config):
+    assert render(config) == render(config)
 
 
 def test_compiles_in_under_five_seconds(tmp_path):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    code = "import sys, pathlib, pipelines.compile as c; c.compile_pipeline(pathlib.Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "p.yaml")], check=True)
+    command = [sys.executable, "-m", "pipelines", "compile", "--target", "kubernetes", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=CONFIG.parent.parent)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
 
 
-def test_graph_is_the_one_of_run_folders(tmp_path):
-    """Every input of every step comes from the step that `STEPS` says, and the console's form has nine parameters."""
-    spec = yaml.safe_load(compile_pipeline(tmp_path / "p.yaml").read_text())
-    tasks = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
-    tasks |= spec["components"]["comp-condition-2"]["dag"]["tasks"]
-    tasks |= spec["components"]["comp-condition-3"]["dag"]["tasks"]
-    found = {}
-    for name, task in tasks.items():
-        if name.startswith("condition-"):
-            continue
-        inputs = task["inputs"]["parameters"]
-        found[name.replace("-", "_")] = {
-            key: source.replace("-", "_")
-            for key, value in inputs.items()
-            if key not in ("config", "output_uri") and (source := _producer(value))
-        }
-    assert found == STEPS
-    assert "merge-adapter" in tasks["evaluate"]["dependentTasks"]
-    assert "data-prep-Output'] == true" in tasks["condition-2"]["triggerPolicy"]["condition"]
-    assert "evaluate-Output'] == true" in tasks["condition-3"]["triggerPolicy"]["condition"]
-    report = spec["root"]["dag"]["tasks"]["report"]
-    assert report["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
-    assert set(spec["root"]["inputDefinitions"]["parameters"]) == {
-        "config", "base_model", "dataset_uri", "output_uri", "updates", "lora_rank", "learning_rate", "adapter_name",
-        "schedule_time",
-    }  # fmt: skip
+def test_compiling_needs_no_torch(tmp_path):
+    code = "import sys; from pipelines.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, "compile", "--target", "argo", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=CONFIG.parent.parent)
 
 
-def _producer(value: dict) -> str:
-    """The step behind a task's parameter; inside a condition it is named by the channel."""
-    if "taskOutputParameter" in value:
-        return value["taskOutputParameter"]["producerTask"]
-    channel = value.get("componentInputParameter", "")
-    name, _, output = channel.removeprefix("pipelinechannel--").rpartition("-")
-    return name if output in ("Output", "uri") else ""
+def test_one_target_writes_its_files_alone(tmp_path, capsys):
+    assert main(["compile", "--target", "argo", "--output", str(tmp_path)]) == 0
+    files = {"workflow_template.yaml", "cron_workflow.yaml", "kustomization.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert capsys.readouterr().out.count("wrote ") == 3
+    assert main(["compile", "--target", "argo", "--output", str(tmp_path), "--check"]) == 0
+    (tmp_path / "cron_workflow.yaml").unlink()
+    assert main(["compile", "--target", "argo", "--output", str(tmp_path), "--check"]) == 2
 
 
-def test_no_step_is_cached_by_the_backend():
-    spec = yaml.safe_load(COMPILED.read_text())
-    for component in spec["components"].values():
-        for name, task in component.get("dag", {}).get("tasks", {}).items():
-            if not name.startswith("condition"):
-                assert task["cachingOptions"] == {}, name  # enableCaching is false, the default that protobuf omits
+def test_without_a_schedule_there_is_no_cron_workflow(config):
+    unscheduled = config.model_copy(update={"cluster": config.cluster.model_copy(update={"schedule": None})})
+    assert compiling.CRON_WORKFLOW not in render(unscheduled, ("argo",))
+    assert compiling.CRON_WORKFLOW not in render(unscheduled, ("argo",))[compiling.KUSTOMIZATION]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--set", "promote.registry=registry"], "promote.registry = registry: is a folder"),
+        (["--set", "check.gpu=rtx4090-24gb"], "check.gpu = 'rtx4090-24gb': sft_warmup asks for a GPU, and Vertex has"),
+        (["--set", "cluster.base_image=tuneloop/base:latest"], "cluster.base_image: the tag latest"),
+        (["--target", "nomad"], "argument --target: invalid choice: 'nomad'"),
+    ],
+)
+def test_refused_in_one_line_and_nothing_is_written(options, line, tmp_path, capsys):
+    with pytest.raises(SystemExit) if "nomad" in options else _nullcontext():
+        assert main(["compile", *options, "--output", str(tmp_path / "new")]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert line in message
+    assert not (tmp_path / "new").exists()
+
+
+def _nullcontext():
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def test_checked_in_folder_is_of_one_config_only(capsys):
+    assert main(["compile", "--config", "configs/demo.toml"]) == 2
+    assert "--output: pipelines/compiled is of configs/cluster.toml alone" in capsys.readouterr().err

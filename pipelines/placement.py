@@ -1,0 +1,129 @@
+"""Where each step runs: `[cluster]` and the rest of a config as images, resources and rules, a step at a time.
+
+Both backends' renderings read the same placement; it imports neither torch nor kfp.
+"""
+
+import re
+from dataclasses import dataclass
+
+from components.cluster_config import SecretVariable, StepResources, Toleration
+from components.config import RunConfig
+from tuneloop.config import config_digest
+from tuneloop.errors import UserError
+
+HOLDS_A_MODEL = ("sft_warmup", "lora_rl", "evaluate")  # on the GPU, where there is one; rollouts go through /dev/shm
+NOT_RETRIED = ("check", "report")  # what check refuses it refuses again; a report can be made at any time
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
+PART_OF_LABEL, STEP_LABEL = "app.kubernetes.io/part-of", "app.kubernetes.io/component"
+
+_NAME_LENGTH = 40  # of an object: Argo adds a time to a CronWorkflow's, and a label's value ends at 63
+_HOUR = 3600
+_USUAL = {  # CPUs, memory, seconds of one attempt
+    "check": ("1", "4Gi", _HOUR),
+    "data_prep": ("2", "8Gi", 6 * _HOUR),
+    "sft_warmup": ("8", "32Gi", 24 * _HOUR),
+    "lora_rl": ("8", "64Gi", 72 * _HOUR),
+    "merge_adapter": ("4", "32Gi", 6 * _HOUR),
+    "evaluate": ("8", "32Gi", 24 * _HOUR),
+    "promote": ("1", "4Gi", _HOUR),
+    "report": ("1", "2Gi", _HOUR),
+}
+
+
+@dataclass(frozen=True)
+class StepPlacement:
+    """What a step's pod asks for.
+
+    Attributes:
+        image: with tag or digest.
+        cpu, memory: Kubernetes quantities.
+        gpus: how many of `gpu_resource`; 0: none.
+        timeout_seconds: of one attempt.
+        retries: after a preemption; the first after `retry_seconds`, each later one after twice as long.
+        shm: size of /dev/shm; empty: the container runtime's own.
+        secrets: keys of Secrets that become environment variables.
+    """
+
+    step: str
+    image: str
+    image_pull_secrets: tuple[str, ...]
+    cpu: str
+    memory: str
+    gpus: int
+    gpu_resource: str
+    timeout_seconds: int
+    retries: int
+    retry_seconds: int
+    shm: str
+    labels: dict[str, str]
+    node_selector: dict[str, str]
+    tolerations: tuple[Toleration, ...]
+    env: dict[str, str]
+    secrets: tuple[SecretVariable, ...]
+
+
+def place(config: RunConfig, step: str, image: str) -> StepPlacement:
+    """Where a step of this run is placed.
+
+    Args:
+        image: the one that the step's component names; `[cluster]` may name it otherwise.
+    """
+    cluster = config.cluster
+    asked: StepResources = getattr(cluster.steps, step)
+    cpu, memory, seconds = _USUAL[step]
+    gpus = asked.gpus if asked.gpus is not None else _gpus(config, step)
+    labels = {PART_OF_LABEL: "tuneloop", STEP_LABEL: step}
+    if gpus and cluster.queue:
+        labels |= {QUEUE_LABEL: cluster.queue}
+        labels |= {PRIORITY_LABEL: cluster.queue_priority} if cluster.queue_priority else {}
+    return StepPlacement(
+        step=step,
+        image=image,
+        image_pull_secrets=cluster.image_pull_secrets,
+        cpu=asked.cpu or cpu,
+        memory=asked.memory or memory,
+        gpus=gpus,
+        gpu_resource=cluster.gpu_resource,
+        timeout_seconds=asked.timeout_seconds or seconds,
+        retries=0 if step in NOT_RETRIED else cluster.retries,
+        retry_seconds=cluster.retry_seconds,
+        shm=cluster.shm if step in HOLDS_A_MODEL else "",
+        labels=labels,
+        node_selector=cluster.node_selector | (cluster.gpu_node_selector if gpus else {}),
+        tolerations=cluster.tolerations + (cluster.gpu_tolerations if gpus else ()),
+        env=dict(cluster.env),
+        secrets=tuple(secret for secret in cluster.secrets if not secret.steps or step in secret.steps),
+    )
+
+
+def _gpus(config: RunConfig, step: str) -> int:
+    if not config.check.gpu or step not in HOLDS_A_MODEL:
+        return 0
+    if step == "lora_rl":
+        return config.check.gpus
+    if step == "evaluate" and config.evaluate.engine.kind == "vllm":
+        return config.evaluate.engine.tensor_parallel_size
+    return 1
+
+
+def object_name(config: RunConfig) -> str:
+    """What the run's pipeline is called on every console: `tuneloop-<config name>` as Kubernetes takes names."""
+    name = re.sub(r"[^a-z0-9]+", "-", config.name).strip("-")
+    if len(name) > _NAME_LENGTH:
+        name = f"{name[: _NAME_LENGTH - 7].strip('-')}-{config_digest(config)[:6]}"
+    return f"tuneloop-{name}"
+
+
+def require_reachable(config: RunConfig) -> None:
+    """Refuse what only this machine could reach: a pod's disk ends with the pod.
+
+    Raises:
+        UserError: the registry is a local path.
+    """
+    registry = config.promote.registry
+    if not registry.startswith("s3://"):
+        raise UserError(
+            f"promote.registry = {registry}: is a folder, and every step of a cluster has a disk of its own; set it to "
+            "s3://bucket/prefix"
+        )

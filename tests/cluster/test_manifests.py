@@ -1,0 +1,264 @@
+"""What every rendering promises: no secret, no privilege, least rights, nothing reached that is not named."""
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components import images
+from tests.cluster.rendering import MANIFESTS, OPTIONAL, OVERLAYS, Manifest, combination, named, overlay, pod_specs
+
+EVERYTHING = tuple(name for name in OPTIONAL if name != "kserve")
+README = (MANIFESTS / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory) -> list[Manifest]:
+    """Base with every component but KServe's, which takes the place of serving."""
+    return combination(EVERYTHING, tmp_path_factory.mktemp("all"))
+
+
+@pytest.fixture(scope="module")
+def kserve(tmp_path_factory) -> list[Manifest]:
+    """Base with KServe's serving."""
+    return combination(("kserve",), tmp_path_factory.mktemp("kserve"))
+
+
+@pytest.fixture(params=[*OVERLAYS, "everything", "kserve"])
+def manifests(request) -> list[Manifest]:
+    return overlay(request.param) if request.param in OVERLAYS else request.getfixturevalue(request.param)
+
+
+def everywhere(value: Any, key: str) -> list[Any]:
+    """Every value that a field of this name has, at any depth."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    found = [value[key]] if isinstance(value, dict) and key in value else []
+    return found + [deeper for child in children for deeper in everywhere(child, key)]
+
+
+def test_no_rendering_holds_a_secret(manifests: list[Manifest]):
+    assert not named(manifests, "Secret")
+    for variable in itertools.chain.from_iterable(everywhere(manifests, "env")):
+        if re.search("KEY|SECRET|TOKEN|PASSWORD", variable["name"]):
+            assert "value" not in variable, variable["name"]
+    for config in named(manifests, "ConfigMap").values():
+        assert not [key for key in config["data"] if re.search("KEY|SECRET|TOKEN|PASSWORD", key)]
+
+
+def test_every_image_has_a_tag_that_stays(manifests: list[Manifest]):
+    for image in everywhere(manifests, "image"):
+        assert re.search(r":[^/:]+$|@sha256:[0-9a-f]{64}$", image), image
+        assert not image.endswith(":latest"), image
+
+
+def test_the_images_are_those_that_the_steps_run_in(everything: list[Manifest]):
+    assert set(everywhere(everything, "image")) == {images.BASE_IMAGE, images.TRAIN_IMAGE}
+
+
+def not_restricted(spec: Manifest) -> list[str]:
+    """How a pod spec breaks the restricted profile of the Pod Security Standards."""
+    pod, wrong = spec.get("securityContext", {}), []
+    wrong += [key for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key)]
+    allowed = {
+        "configMap",
+        "csi",
+        "downwardAPI",
+        "emptyDir",
+        "ephemeral",
+        "persistentVolumeClaim",
+        "projected",
+        "secret",
+    }
+    wrong += [
+        f"volume {set(volume) - {'name'}}"
+        for volume in spec.get("volumes", ())
+        if not set(volume) - {"name"} <= allowed
+    ]
+    wrong += ["sysctls"] if pod.get("sysctls") else []
+    for container in [*spec["containers"], *spec.get("initContainers", ()), *spec.get("ephemeralContainers", ())]:
+        context = {**pod, **container.get("securityContext", {})}
+        capabilities = context.get("capabilities", {})
+        checks = {
+            "privileged": not context.get("privileged"),
+            "allowPrivilegeEscalation": context.get("allowPrivilegeEscalation") is False,
+            "drop": "ALL" in capabilities.get("drop", ()),
+            "add": set(capabilities.get("add", ())) <= {"NET_BIND_SERVICE"},
+            "runAsNonRoot": context.get("runAsNonRoot") is True,
+            "runAsUser": context.get("runAsUser") != 0,
+            "seccomp": context.get("seccompProfile", {}).get("type") in ("RuntimeDefault", "Localhost"),
+            "procMount": context.get("procMount", "Default") == "Default",
+            "hostPort": not any(port.get("hostPort") for port in container.get("ports", ())),
+            "readOnlyRootFilesystem": context.get("readOnlyRootFilesystem") is True,  # ours: stricter than the profile
+        }
+        wrong += [f"{container['name']}: {name}" for name, kept in checks.items() if not kept]
+    return wrong
+
+
+def test_every_pod_is_restricted(manifests: list[Manifest]):
+    for found in manifests:
+        for path, spec in pod_specs(found):
+            assert not_restricted(spec) == [], (found["metadata"]["name"], path)
+
+
+def test_kserve_gets_the_pod_of_the_deployment(everything: list[Manifest], kserve: list[Manifest]):
+    assert not named(kserve, "Deployment")
+    assert not named(kserve, "Service")
+    predictor = dict(named(kserve, "InferenceService")["tuneloop-serving"]["spec"]["predictor"])
+    template = named(everything, "Deployment")["tuneloop-serving"]["spec"]["template"]
+    assert predictor.pop("labels").items() <= template["metadata"]["labels"].items()
+    assert (predictor.pop("minReplicas"), predictor.pop("maxReplicas")) == (1, 1)
+    assert predictor["containers"][0].pop("name") == "kserve-container"
+    assert {**template["spec"]["containers"][0], **predictor["containers"][0]} == template["spec"]["containers"][0]
+    predictor["containers"][0]["name"] = "vllm"
+    assert predictor == template["spec"]  # what was not copied would be missing here
+    [config] = named(kserve, "ConfigMap")
+    assert everywhere(predictor, "configMapRef") == [{"name": config}] * 3
+
+
+def test_the_namespace_lets_no_other_pod_in(manifests: list[Manifest]):
+    labels = named(manifests, "Namespace")["tuneloop"]["metadata"]["labels"]
+    for mode in ("enforce", "audit", "warn"):
+        assert labels[f"pod-security.kubernetes.io/{mode}"] == "restricted"
+        assert re.fullmatch(r"v1\.\d+", labels[f"pod-security.kubernetes.io/{mode}-version"])
+
+
+def test_a_pod_that_is_not_restricted_would_be_seen(everything: list[Manifest]):
+    [(_, spec)] = pod_specs(named(everything, "Deployment")["tuneloop-serving"])
+    first, *rest = spec["containers"]
+    context = first["securityContext"]
+    for changed in (
+        {"volumes": [{"name": "x", "hostPath": {"path": "/"}}]},
+        {"hostNetwork": True},
+        {"securityContext": {**spec["securityContext"], "runAsNonRoot": False}},
+        {"containers": [{**first, "securityContext": {**context, "privileged": True}}, *rest]},
+        {"containers": [{**first, "securityContext": {**context, "capabilities": {}}}, *rest]},
+        {"containers": [{**first, "ports": [{"containerPort": 1, "hostPort": 1}]}, *rest]},
+    ):
+        assert not_restricted({**spec, **changed}), changed
+
+
+def granted(manifests: list[Manifest]) -> dict[str, set[tuple[str, str, str]]]:
+    """Service account -> (API group, resource, verb), by the roles that are bound to it."""
+    roles, rights = named(manifests, "Role"), {}
+    for name in named(manifests, "ServiceAccount"):
+        rights[name] = set()
+    for binding in named(manifests, "RoleBinding").values():
+        assert binding["roleRef"]["kind"] == "Role"
+        for subject in binding["subjects"]:
+            assert subject["namespace"] == "tuneloop"
+            for rule in roles[binding["roleRef"]["name"]]["rules"]:
+                names = rule.get("resourceNames", [""])
+                resources = [
+                    f"{resource}/{name}" if name else resource for resource in rule["resources"] for name in names
+                ]
+                rights[subject["name"]] |= set(itertools.product(rule["apiGroups"], resources, rule["verbs"]))
+    return rights
+
+
+def test_rights_are_named_one_by_one_and_end_at_the_namespace(manifests: list[Manifest]):
+    assert not named(manifests, "ClusterRole")
+    assert not named(manifests, "ClusterRoleBinding")
+    for name, role in named(manifests, "Role").items():
+        assert "*" not in str(role["rules"]), name
+
+
+def test_each_account_may_do_what_its_pods_do_and_no_more(everything: list[Manifest]):
+    rights = granted(everything)
+    watching = {"get", "list", "watch"}
+    kubeflow = {
+        ("", "configmaps/kfp-launcher", "get"), ("", "secrets/mlpipeline-minio-artifact", "get"),
+        *(("", "pods", verb) for verb in watching),
+        ("pipelines.kubeflow.org", "runs", "list"), ("pipelines.kubeflow.org", "runs", "createTask"),
+    }  # fmt: skip
+    step = kubeflow | {
+        ("argoproj.io", "workflowtaskresults", "create"),
+        ("argoproj.io", "workflowtaskresults", "patch"),
+    }
+    assert rights["tuneloop-step"] == step
+    assert rights["tuneloop-launcher"] == step | {
+        *(("trainer.kubeflow.org", "trainjobs", verb) for verb in watching | {"create", "delete"}),
+        *(("", "events", verb) for verb in watching), ("", "pods/log", "get"),
+    }  # fmt: skip
+    assert rights["tuneloop-trainer"] == rights["tuneloop-server"] == set()
+    submitter = rights["tuneloop-submitter"]
+    assert not {
+        right for right in submitter if right[1].startswith(("secrets", "configmaps", "roles", "serviceaccounts"))
+    }
+    changing = {right for right in submitter if right[2] not in watching}
+    assert {group for group, _, _ in changing} == {"pipelines.kubeflow.org", "argoproj.io"}
+
+
+def test_tokens_are_mounted_only_where_they_are_used(everything: list[Manifest]):
+    accounts = named(everything, "ServiceAccount")
+    mounting = {name for name, account in accounts.items() if account["automountServiceAccountToken"]}
+    assert mounting == {"tuneloop-step", "tuneloop-launcher"}
+    for found in (*named(everything, "Deployment").values(), *named(everything, "ClusterTrainingRuntime").values()):
+        for _, spec in pod_specs(found):
+            assert spec["serviceAccountName"] in accounts
+            assert spec["automountServiceAccountToken"] is False
+
+
+def test_nothing_goes_in_or_out_but_by_a_named_exception(manifests: list[Manifest]):
+    policies = named(manifests, "NetworkPolicy")
+    deny = policies.pop("deny-all")["spec"]
+    assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    for name, policy in policies.items():
+        assert name.startswith("allow-")
+        assert f"| `{name}` |" in README, name
+        spec = policy["spec"]
+        assert {kind.lower() for kind in spec["policyTypes"]} == set(spec) - {"podSelector", "policyTypes"}
+        for rule in (*spec.get("ingress", ()), *spec.get("egress", ())):
+            inside = everywhere(rule, "podSelector") and not everywhere(rule, "namespaceSelector")
+            assert rule.get("ports") or inside, f"{name} opens every port to others"
+        for rule in spec.get("ingress", ()):
+            assert rule["from"], name
+
+
+def test_every_exception_that_the_readme_names_is_there(everything: list[Manifest]):
+    assert set(re.findall(r"\| `(allow-[a-z-]+)` \|", README)) == set(named(everything, "NetworkPolicy")) - {"deny-all"}
+
+
+def test_every_queue_leads_somewhere_and_covers_what_a_node_asks_for(everything: list[Manifest]):
+    queues, flavors = named(everything, "ClusterQueue"), named(everything, "ResourceFlavor")
+    [local] = named(everything, "LocalQueue").values()
+    queue = queues[local["spec"]["clusterQueue"]]
+    [group] = queue["spec"]["resourceGroups"]
+    assert set(group["coveredResources"]) == {"cpu", "memory", "ephemeral-storage", "nvidia.com/gpu"}
+    for flavor in group["flavors"]:
+        assert flavor["name"] in flavors
+        assert [resource["name"] for resource in flavor["resources"]] == group["coveredResources"]
+    labels = named(everything, "Namespace")["tuneloop"]["metadata"]["labels"]
+    assert queue["spec"]["namespaceSelector"]["matchLabels"].items() <= labels.items()
+
+
+def test_the_quota_bounds_gpus_and_what_asks_for_nothing_is_counted(manifests: list[Manifest]):
+    hard = named(manifests, "ResourceQuota")["tuneloop"]["spec"]["hard"]
+    assert int(hard["requests.nvidia.com/gpu"]) > 0
+    [limits] = named(manifests, "LimitRange")["tuneloop"]["spec"]["limits"]
+    counted = {key.removeprefix("requests.") for key in hard if key.startswith("requests.")} - {"nvidia.com/gpu"}
+    assert set(limits["defaultRequest"]) == counted
+    assert "default" not in limits  # a default limit under a step's request would have its pod refused
+
+
+def test_training_nodes_are_what_the_trainer_looks_for(everything: list[Manifest]):
+    runtime = named(everything, "ClusterTrainingRuntime")["tuneloop"]
+    assert runtime["metadata"]["labels"]["trainer.kubeflow.org/framework"] == "torch"
+    [job] = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert job["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"] == "trainer"
+    [(_, spec)] = pod_specs(job)
+    [container] = spec["containers"]
+    assert container["name"] == "node"
+    assert {"/dev/shm", "/scratch"} == {mount["mountPath"] for mount in container["volumeMounts"]}
+
+
+def test_an_image_is_named_in_one_place(tmp_path: Path):
+    combination((), tmp_path)
+    place = tmp_path / "manifests/components/images/kustomization.yaml"
+    text = place.read_text()
+    text = text.replace("tuneloop/train, newTag: dev", f'tuneloop/train, digest: "sha256:{"0" * 64}"')
+    text = text.replace("tuneloop/base, newTag: dev", "tuneloop/base, newName: registry.example/base, newTag: v7")
+    place.write_text(text)
+    changed = combination(EVERYTHING, tmp_path)
+    assert set(everywhere(changed, "image")) == {"registry.example/base:v7", f"tuneloop/train@sha256:{'0' * 64}"}

@@ -1,0 +1,99 @@
+"""What a running vLLM OpenAI server is asked: which adapters it has, to load one, to forget one.
+
+The endpoints are vLLM's own, `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`; it has them when it was started
+with `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.
+"""
+
+import json
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from tuneloop.errors import TryAgain, UserError
+
+
+class ServerDown(TryAgain):
+    """The server does not answer."""
+
+
+class AdapterRefused(UserError):
+    """The server does not take this adapter; what it had before is untouched."""
+
+
+class VllmServer:
+    """A vLLM server at a URL such as http://127.0.0.1:8000.
+
+    Args:
+        key: the key that the server was started with (`VLLM_API_KEY`); empty for none.
+        timeout: seconds that a request may take; loading an adapter reads it from the disk.
+    """
+
+    def __init__(self, url: str, key: str = "", timeout: float = 120.0):
+        self.url, self._key, self._timeout = url.rstrip("/"), key, timeout
+
+    def adapters(self) -> dict[str, str]:
+        """Name -> folder of the adapters that the server answers for.
+
+        Raises:
+            UserError: it refuses the key.
+            ServerDown: it does not answer, or not yet.
+        """
+        status, answer = self._request("/v1/models", None)
+        if status != 200:
+            raise ServerDown(f"{self.url}: answers {status} to /v1/models ({_message(answer)})")
+        return {card["id"]: card["root"] for card in answer["data"] if card.get("parent")}
+
+    def load(self, name: str, folder: Path) -> None:
+        """Load an adapter under a name that is not taken; requests for that name wait until it is there.
+
+        Raises:
+            AdapterRefused: the server says no, and why.
+            ServerDown: it does not answer.
+        """
+        status, answer = self._request("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        if status == 404 and "error" not in answer:  # the route itself is missing
+            raise UserError(f"{self.url}: cannot load adapters while it runs; start vLLM with --enable-lora and "
+                            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True")  # fmt: skip
+        if status != 200:
+            raise AdapterRefused(f"vLLM refuses {folder.name}: {_message(answer)}")
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; requests under way finish with it. A name that is not loaded is no error.
+
+        Raises:
+            UserError: the server says no, and why.
+            ServerDown: it does not answer.
+        """
+        status, answer = self._request("/v1/unload_lora_adapter", {"lora_name": name})
+        if status not in (200, 404):
+            raise UserError(f"vLLM does not unload {name}: {_message(answer)}")
+
+    def _request(self, path: str, body: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            request = urllib.request.Request(self.url + path, data, headers)
+            with urllib.request.urlopen(request, timeout=self._timeout) as response:
+                return response.status, _parse(response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                if error.code in (401, 403):
+                    raise UserError(f"{self.url}: refuses the key; set VLLM_API_KEY as vLLM has it") from None
+                return error.code, _parse(error.read())
+        except (OSError, HTTPException) as error:
+            raise ServerDown(f"{self.url}: does not answer ({getattr(error, 'reason', error)})") from None
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(data)
+    except ValueError:
+        values = None
+    return values if isinstance(values, dict) else {"text": data.decode(errors="replace")}
+
+
+def _message(answer: dict[str, Any]) -> str:
+    error = answer.get("error")
+    return str(error.get("message") if isinstance(error, dict) else answer.get("text") or answer)[:500]
