@@ -121,7 +121,6 @@ class AliasFollower:
             raise
         if served:
             self._server.unload(trial)
-        self._refused.clear()
         self._remember(target, served)
 
     def _hold(self, status: Status) -> Status:
