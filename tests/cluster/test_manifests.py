@@ -201,6 +201,16 @@ def test_each_account_may_do_what_its_pods_do_and_no_more(everything: list[Manif
     assert {group for group, _, _ in changing} == {"pipelines.kubeflow.org", "argoproj.io"}
 
 
+def test_accounts_queues_and_priorities_that_are_named_are_there(everything: list[Manifest]):
+    for key in ("serviceAccountName", "serviceAccount"):
+        assert set(everywhere(everything, key)) <= set(named(everything, "ServiceAccount"))
+    assert set(everywhere(everything, "kueue.x-k8s.io/queue-name")) <= set(named(everything, "LocalQueue"))
+    assert set(everywhere(everything, "kueue.x-k8s.io/priority-class")) <= set(
+        named(everything, "WorkloadPriorityClass")
+    )
+    assert any(spec for found in named(everything, "WorkflowTemplate").values() for spec in pod_specs(found))
+
+
 def test_tokens_are_mounted_only_where_they_are_used(everything: list[Manifest]):
     accounts = named(everything, "ServiceAccount")
     mounting = {name for name, account in accounts.items() if account["automountServiceAccountToken"]}
