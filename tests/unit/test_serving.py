@@ -245,11 +245,14 @@ def test_the_command_follows_until_it_is_told_to_stop_and_needs_neither_torch_no
     command = [sys.executable, "-c", code, "follow", "--registry", served.registry.uri, "--adapter", "math", "--server",
                served.double.url, "--folder", str(tmp_path / "here"), "--interval", "0.05", "--port", "0"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_until(lambda: "math" in served.double.adapters)
-    served.promote(served.register("b"))
-    wait_until(lambda: served.content == "b")
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=30)
+    try:
+        wait_until(lambda: "math" in served.double.adapters)
+        served.promote(served.register("b"))
+        wait_until(lambda: served.content == "b")
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 0, output
     lines = output.splitlines()
     assert lines[0].startswith("following math production in ")
