@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/demo.toml
 WORKERS ?= 2
+BASE ?= python:3.11-slim-bookworm
+FLAVOUR ?= cuda
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint typecheck ci compile golden manifests bench report clean
+.PHONY: help setup demo test lint typecheck ci compile golden manifests images test-images bench report clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready ## Make the virtual environment with everything that demo and tests need
 
@@ -57,6 +59,13 @@ manifests: setup ## Build every overlay into build/manifests/ and check it again
 		&& "$$kubectl" kustomize manifests/overlays/$$overlay --output build/manifests/$$overlay.yaml \
 		&& echo "build/manifests/$$overlay.yaml" || exit 1; done
 	$(BIN)/python -m pytest --quiet tests/cluster/test_manifests.py tests/cluster/test_manifest_schemas.py
+
+images: setup ## Build the images with Podman (BASE=python:3.11-slim-bookworm@sha256:…, FLAVOUR=cuda or cpu)
+	$(BIN)/python -m images.build --base $(BASE) --flavour $(FLAVOUR) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+
+test-images: setup ## Build the CPU images on a Debian made here, and run the whole pipeline inside them
+	$(BIN)/python -m images.build --base debian --flavour cpu $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+	TUNELOOP_IMAGES=required $(BIN)/python -m pytest --durations=0 tests/images
 
 bench: setup ## Run every benchmark (GSM8K=train.jsonl, NAMES="packing engines" for some), save benchmarks/results/
 	$(BIN)/python -c 'import trl' 2>/dev/null \

@@ -18,9 +18,12 @@ from tuneloop import __version__
 REPOSITORY = Path(__file__).resolve().parent.parent
 IMAGES = ("base", "train")
 DEFAULT_BASE = "python:3.11-slim-bookworm"
-SBOM = "/opt/venv/sbom.cdx.json"
+SBOM = "/app/sbom.cdx.json"
 SOURCE_LABEL, FLAVOUR_LABEL = "tuneloop.source-digest", "tuneloop.flavour"
-_CONTEXT = ("pyproject.toml", "constraints.txt", "README.md", "requirements", "tuneloop", "components", "images")
+_CONTEXT = (
+    "pyproject.toml", "constraints.txt", "requirements", "tuneloop", "components",
+    "images/base", "images/train", "images/sbom.py", "images/smoke.py", "images/smoke.toml",
+)  # fmt: skip
 
 
 def image_name(name: str) -> str:
@@ -29,7 +32,7 @@ def image_name(name: str) -> str:
 
 
 def source_digest() -> str:
-    """sha256 (hex) over every file that an image is made of, so that an image of other sources is told apart."""
+    """sha256 (hex) over what decides an image's contents, so that an image of other sources is told apart."""
     digest = hashlib.sha256()
     for path in _source_files():
         content = hashlib.sha256(path.read_bytes()).hexdigest()

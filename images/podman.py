@@ -78,7 +78,9 @@ def podman(*arguments: str, quiet: bool = True) -> str:
     pipe = subprocess.PIPE if quiet else None
     done = subprocess.run(["podman", *arguments], stdout=pipe, stderr=pipe, text=True, env=environment())
     if done.returncode:
-        shown = _last_line(done.stderr) if quiet else "see above"
+        if arguments[0] == "run":
+            sys.stderr.write((done.stdout or "") + (done.stderr or ""))
+        shown = _last_line(done.stderr or done.stdout) if quiet else "see above"
         raise UserError(f"podman {arguments[0]}: exit code {done.returncode}: {shown}")
     return (done.stdout or "").strip()
 

@@ -9,6 +9,7 @@ import re
 import sys
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 DPKG_STATUS = Path("/var/lib/dpkg/status")
@@ -16,16 +17,17 @@ DPKG_STATUS = Path("/var/lib/dpkg/status")
 
 def python_component(package: Distribution) -> dict:
     """One installed distribution."""
-    name, version = package.metadata["Name"], package.version
-    found = {
+    about: Any = package.metadata
+    name, version = about["Name"], package.version
+    found: dict[str, Any] = {
         "type": "library",
         "name": name,
         "version": version,
         "purl": f"pkg:pypi/{re.sub(r'[-_.]+', '-', name).lower()}@{quote(version)}",
     }
-    if expression := package.metadata.get("License-Expression"):
+    if expression := about.get("License-Expression"):
         return found | {"licenses": [{"expression": expression}]}
-    declared = package.metadata.get("License") or ""
+    declared = about.get("License") or ""
     if declared and "\n" not in declared and len(declared) < 100:  # some put the licence's whole text there
         found["licenses"] = [{"license": {"name": declared}}]
     return found

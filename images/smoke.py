@@ -15,7 +15,7 @@ from pathlib import Path
 
 CONFIG = Path(__file__).with_name("smoke.toml")
 WORK = Path(tempfile.gettempdir()) / "smoke"
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "max_position_embeddings": 256}
+WIDTH, INNER = 32, 64
 INPUTS = {
     "check": (),
     "data_prep": (),
@@ -71,15 +71,23 @@ def model_without_torch(folder: Path) -> Path:
     from tuneloop.models.tiny import CHAT_TEMPLATE, byte_tokenizer
 
     tokenizer = byte_tokenizer()
-    words, width, inner = tokenizer.get_vocab_size(), SIZES["hidden_size"], SIZES["intermediate_size"]
-    config = Qwen2Config(vocab_size=words, num_attention_heads=2, num_key_value_heads=2,
-                         architectures=["Qwen2ForCausalLM"], **SIZES)  # fmt: skip
+    words = tokenizer.get_vocab_size()
+    config = Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
+        vocab_size=words,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
     config.save_pretrained(folder)
     layer = "model.layers.0"
-    shapes = {"model.embed_tokens": (words, width), "lm_head": (words, width)}
-    shapes |= {f"{layer}.self_attn.{name}_proj": (width, width) for name in "qkvo"}
-    shapes |= {f"{layer}.mlp.{name}_proj": (inner, width) for name in ("gate", "up")}
-    shapes |= {f"{layer}.mlp.down_proj": (width, inner)}
+    shapes = {"model.embed_tokens": (words, WIDTH), "lm_head": (words, WIDTH)}
+    shapes |= {f"{layer}.self_attn.{name}_proj": (WIDTH, WIDTH) for name in "qkvo"}
+    shapes |= {f"{layer}.mlp.{name}_proj": (INNER, WIDTH) for name in ("gate", "up")}
+    shapes |= {f"{layer}.mlp.down_proj": (WIDTH, INNER)}
     weights = {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in shapes.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     PreTrainedTokenizerFast(

@@ -20,6 +20,7 @@ from tests.cluster.rendering import (
     overlay,
     pod_specs,
 )
+from tuneloop import __version__
 
 EVERYTHING = tuple(name for name in OPTIONAL if name != "kserve")
 README = (MANIFESTS / "README.md").read_text()
@@ -304,8 +305,9 @@ def test_an_image_is_named_in_one_place(tmp_path: Path):
     combination((), tmp_path)
     place = tmp_path / "manifests/components/images/kustomization.yaml"
     text = place.read_text()
-    text = text.replace("tuneloop/train, newTag: dev", f'tuneloop/train, digest: "sha256:{"0" * 64}"')
-    text = text.replace("tuneloop/base, newTag: dev", "tuneloop/base, newName: registry.example/base, newTag: v7")
+    tag = f"newTag: {__version__}"
+    text = text.replace(f"tuneloop/train, {tag}", f'tuneloop/train, digest: "sha256:{"0" * 64}"')
+    text = text.replace(f"tuneloop/base, {tag}", "tuneloop/base, newName: registry.example/base, newTag: v7")
     place.write_text(text)
     changed = combination(EVERYTHING, tmp_path)
     assert set(everywhere(changed, "image")) == {"registry.example/base:v7", f"tuneloop/train@sha256:{'0' * 64}"}

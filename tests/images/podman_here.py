@@ -15,7 +15,7 @@ from images.podman import environment, inspect
 
 @pytest.fixture(scope="session")
 def built_images() -> dict[str, dict]:
-    """Image -> what Podman knows of it. Skips where they are not built; `make test-images` builds, and then requires them."""
+    """Image -> what Podman knows of it. Skips where they are not built; `make test-images` builds and requires them."""
     missing = _missing()
     if missing and os.environ.get("TUNELOOP_IMAGES") == "required":
         pytest.fail(missing)

@@ -1,4 +1,4 @@
-"""Each step's image holds what the step needs: those of the base image run where torch and its like cannot be imported."""
+"""Each step's image holds what it needs: the base image's steps run where torch and its like cannot be imported."""
 
 import importlib
 import os

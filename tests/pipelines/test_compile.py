@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from components.config import RunConfig, load_run_config
+from components.images import TRAIN_IMAGE
 from pipelines import compile as compiling
 from pipelines.cli import main
 from pipelines.compile import COMPILED, CONFIG, check_compiled, compile_pipeline, render
@@ -31,7 +32,7 @@ def test_other_sdk_version_is_no_difference_and_another_image_is(config, tmp_pat
     text = path.read_text()
     path.write_text(text.replace("sdkVersion: kfp-", "sdkVersion: kfp-9."))
     check_compiled(config, tmp_path, ("kubernetes",))
-    path.write_text(text.replace("tuneloop/train:dev", "tuneloop/train:old"))
+    path.write_text(text.replace(TRAIN_IMAGE, "tuneloop/train:old"))
     with pytest.raises(UserError, match="python -m pipelines compile"):
         check_compiled(config, tmp_path, ("kubernetes",))
 
@@ -41,7 +42,7 @@ def test_digest_is_of_what_a_package_says(config):
     documents = yaml.load_all(text, Loader=yaml.CSafeLoader)
     written_otherwise = yaml.dump_all(documents, Dumper=yaml.CSafeDumper, indent=4).replace("kfp-2", "kfp-3")
     assert package_digest(written_otherwise) == package_digest(text)
-    assert package_digest(text.replace("tuneloop/train:dev", "tuneloop/train:old")) != package_digest(text)
+    assert package_digest(text.replace(TRAIN_IMAGE, "tuneloop/train:old")) != package_digest(text)
 
 
 def test_compiles_in_under_five_seconds(tmp_path):
