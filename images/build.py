@@ -19,7 +19,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 IMAGES = ("base", "train")
 DEFAULT_BASE = "python:3.11-slim-bookworm"
 SBOM = "/app/sbom.cdx.json"
-SOURCE_LABEL, FLAVOUR_LABEL = "tuneloop.source-digest", "tuneloop.flavour"
+SOURCE_LABEL = "tuneloop.source-digest"
+_OCI = "org.opencontainers.image"
 _CONTEXT = (
     "pyproject.toml", "constraints.txt", "requirements", "tuneloop", "components",
     "images/base", "images/train", "images/sbom.py", "images/smoke.py", "images/smoke.toml",
@@ -52,15 +53,19 @@ def build_image(name: str, base: str, flavour: str, torch_index: str = "") -> st
     Returns:
         The image's name.
     """
-    values = {"BASE": base, "VERSION": __version__, "REVISION": _revision(), "SOURCE_DIGEST": source_digest()}
+    values = {"BASE": base}
     if name == "train":
         values |= {"FLAVOUR": flavour} | ({"TORCH_INDEX": torch_index} if torch_index else {})
-    arguments = [f"--build-arg={key}={value}" for key, value in values.items()]
-    file = f"--file={REPOSITORY}/images/{name}/Dockerfile"
+    labels = {f"{_OCI}.version": __version__, f"{_OCI}.revision": _revision(), SOURCE_LABEL: source_digest()}
+    # The host's network: a bridge needs rights that not every machine gives, and pip needs only the way out.
+    command = ["build", "--network=host", "--layers", f"--file={REPOSITORY}/images/{name}/Dockerfile"]
+    command += [f"--build-arg={key}={value}" for key, value in values.items()]
+    if name == "train":  # what the final stage stands on is built before, because mounts leave empty folders in it
+        podman(*command, "--target=compiler", str(REPOSITORY), quiet=False)
+    command += [f"--label={key}={value}" for key, value in labels.items()]
     with tempfile.TemporaryDirectory() as folder:
-        # The host's network: a bridge needs rights that not every machine gives, and pip needs only the way out.
-        podman("build", "--network=host", "--layers", file, f"--tag={image_name(name)}", *arguments,
-               *_pip_like_here(Path(folder)), str(REPOSITORY), quiet=False)  # fmt: skip
+        mounts = _pip_like_here(Path(folder))
+        podman(*command, *mounts, f"--tag={image_name(name)}", str(REPOSITORY), quiet=False)
     (BUILD / f"{name}.cdx.json").write_text(run_restricted(image_name(name), "cat", SBOM) + "\n")
     return image_name(name)
 

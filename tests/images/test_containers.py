@@ -54,6 +54,13 @@ def test_labels_and_user(built_images):  # noqa: F811
         assert image["Config"]["User"] == "1000:1000"
 
 
+def test_nothing_of_the_build_is_left(built_images):  # noqa: F811
+    for name in built_images:
+        assert run_restricted(image_name(name), "ls", "/opt") == "venv"
+        assert "pip" not in run_restricted(image_name(name), "ls", "/etc", "/opt/venv/bin").split()
+        assert "pip.conf" not in run_restricted(image_name(name), "ls", "/etc").split()
+
+
 def test_the_bill_of_materials_names_what_is_installed(built_images):  # noqa: F811
     for name in built_images:
         bill = json.loads(run_restricted(image_name(name), "cat", SBOM))
@@ -67,6 +74,7 @@ def test_the_bill_of_materials_names_what_is_installed(built_images):  # noqa: F
         assert ("torch" in listed) == (name == "train")
 
 
+@pytest.mark.timeout(1800)
 def test_the_pipeline_in_containers_makes_the_adapter_of_a_local_run(podman_socket, s3_server, tmp_path):  # noqa: F811
     run_uri, registry = f"s3://{BUCKET}/runs/ci", f"s3://{BUCKET}/registry"
     open_storage(f"s3://{BUCKET}/base-model").put_tree(resolve_model(load_run_config(CONFIG).model.uri), "")
