@@ -61,7 +61,7 @@ def build_image(name: str, base: str, flavour: str, torch_index: str = "") -> st
     command = ["build", "--network=host", "--layers", f"--file={REPOSITORY}/images/{name}/Dockerfile"]
     command += [f"--build-arg={key}={value}" for key, value in values.items()]
     if name == "train":  # what the final stage stands on is built before, because mounts leave empty folders in it
-        podman(*command, "--target=compiler", str(REPOSITORY), quiet=False)
+        podman(*command, "--target=runtime", str(REPOSITORY), quiet=False)
     command += [f"--label={key}={value}" for key, value in labels.items()]
     with tempfile.TemporaryDirectory() as folder:
         mounts = _pip_like_here(Path(folder))

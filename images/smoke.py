@@ -1,7 +1,7 @@
 """Shows that an image does its work: `python -m images.smoke`, inside it, runs its steps on the smallest config.
 
 In the base image: check and data_prep, on a model folder made without torch. In the train image also sft_warmup,
-lora_rl, merge_adapter and evaluate.
+lora_rl, merge_adapter and evaluate; with `--vllm`, rollouts and evaluation by vLLM.
 """
 
 import os
@@ -25,15 +25,22 @@ INPUTS = {
     "evaluate": ("data", "warmup", "training"),
 }
 MADE_BY = {"data": "data_prep", "warmup": "sft_warmup", "training": "lora_rl"}
+VLLM = (
+    "model.uri='tiny://qwen2?seed=0&heads=2&kv_heads=1'",  # heads of 32: vLLM's CPU kernels know none of 16
+    "lora_rl.engine={kind='vllm', max_sequences=16, kv_cache_bytes=50_000_000}",
+    "evaluate.engine={kind='vllm', kv_cache_bytes=50_000_000}",
+    "evaluate.max_sequences=16",
+)
 WITHOUT_TORCH = ("check", "data_prep")
 
 
-def main() -> None:
+def main(vllm: bool) -> None:
     """Run the steps one after the other; each is a process of its own, as in a pod."""
     shutil.rmtree(WORK, ignore_errors=True)
     has_torch = find_spec("torch") is not None
     settings = [f"promote.registry='{WORK / 'registry'}'"]
     settings += [] if has_torch else [f"model.uri='{model_without_torch(WORK / 'model')}'"]
+    settings += VLLM if vllm else ()
     print(describe(), flush=True)
     for step, inputs in INPUTS.items():
         if has_torch or step in WITHOUT_TORCH:
@@ -97,4 +104,4 @@ def model_without_torch(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    main(vllm="--vllm" in sys.argv[1:])

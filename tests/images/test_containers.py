@@ -37,6 +37,14 @@ def test_an_image_does_its_work_without_any_right(built_images, name):  # noqa: 
     assert printed[-1] == "smoke: every step that this image is for has run"
 
 
+def test_vllm_samples_in_the_train_image(built_images):  # noqa: F811
+    if "avx512f" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("vLLM's CPU build needs a CPU with AVX-512")
+    options = ("--shm-size=2g",)
+    printed = run_restricted(image_name("train"), "python", "-m", "images.smoke", "--vllm", options=options)
+    assert printed.splitlines()[-1] == "smoke: every step that this image is for has run"
+
+
 @pytest.mark.parametrize("name", ["base", "train"])
 def test_kfp_s_docker_runner_gives_a_container_no_right_either(podman_socket, name):  # noqa: F811
     client = docker.DockerClient(base_url=podman_socket)
