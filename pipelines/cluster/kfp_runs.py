@@ -1,0 +1,275 @@
+"""Runs on Kubeflow Pipelines (API v2beta1): the pipeline's version by its content, the run by its name."""
+
+import contextlib
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipelines.cluster.connection import KfpConnection
+from pipelines.cluster.run_view import (
+    CANCELLED,
+    CANCELLING,
+    FAILED,
+    NODES,
+    PAUSED,
+    PENDING,
+    RUNNING,
+    SKIPPED,
+    SUCCEEDED,
+    RunView,
+    StepView,
+)
+from pipelines.cluster.submission import Submission
+from pipelines.kfp_rendering import kubernetes_package, package_digest
+from pipelines.placement import object_name
+from tuneloop.errors import TuneloopError
+
+EXPERIMENT = "tuneloop"
+_TIMEOUT = (10, 60)  # seconds to connect, and to wait for an answer
+_PAGE = 100
+_RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_STATES = {
+    "RUNTIME_STATE_UNSPECIFIED": PENDING,
+    "PENDING": PENDING,
+    "RUNNING": RUNNING,
+    "SUCCEEDED": SUCCEEDED,
+    "SKIPPED": SKIPPED,
+    "FAILED": FAILED,
+    "CANCELING": CANCELLING,
+    "CANCELED": CANCELLED,
+    "PAUSED": PAUSED,
+}
+
+
+class KfpRuns:
+    """Kubeflow Pipelines as a `Backend`."""
+
+    target = "kfp"
+
+    def __init__(self, connection: KfpConnection):
+        self._connection, self._server = connection, connection.server
+
+    def start(self, wanted: Submission, after: RunView | None) -> RunView:
+        """Start a run; what was made for it is removed again when it cannot be started.
+
+        Args:
+            after: the run of this name that has failed before.
+
+        Raises:
+            UserError: the server refuses.
+            TryAgain: it is away.
+        """
+        package = kubernetes_package(wanted.config)
+        with _undone_on_failure() as undo:
+            pipeline_id = self._ensure_pipeline(wanted, undo)
+            version_id = self._ensure_version(wanted, pipeline_id, package, undo)
+            experiment_id = self._ensure_experiment(undo)
+            return self._ensure_run(wanted, after, (pipeline_id, version_id, experiment_id), undo)
+
+    def find(self, run: str) -> RunView | None:
+        """The run of that id, or the newest of that name."""
+        if _RUN_ID.fullmatch(run):
+            found = self._server.call(lambda: self._server.absent_as_none(lambda: self._get(run)))
+            return _view(found) if found else None
+        named = self._server.call(lambda: self._named(run))
+        return self.refresh(_view(named)) if named else None
+
+    def refresh(self, run: RunView) -> RunView:
+        """The run as it is now."""
+        return _view(self._server.call(lambda: self._get(run.id)))
+
+    def newest(self, count: int) -> list[RunView]:
+        """The newest runs, without their steps."""
+        answer = self._server.call(
+            lambda: self._connection.client.runs.run_service_list_runs(
+                **self._in_namespace(), page_size=count, sort_by="created_at desc", _request_timeout=_TIMEOUT
+            )
+        )
+        return [_view(run) for run in answer.runs or []]
+
+    def link(self, run: RunView) -> str:
+        """The run's page in the console."""
+        return run_link(self._connection.ui, run.id)
+
+    def pod_labels(self, run: RunView) -> str:
+        """What Kubeflow Pipelines labels a run's pods with."""
+        return f"pipeline/runid={run.id}"
+
+    def _ensure_pipeline(self, wanted: Submission, undo: contextlib.ExitStack) -> str:
+        name, api = object_name(wanted.config), self._connection
+        description = "A LoRA adapter proven better than the one in production."
+        body = {"name": name, "display_name": name, "description": description, **self._in_namespace()}
+        pipeline, made = self._server.ensure(
+            lambda: self._server.absent_as_none(
+                lambda: api.client.pipelines.pipeline_service_get_pipeline_by_name(
+                    name, **self._in_namespace(), _request_timeout=_TIMEOUT
+                )
+            ),
+            lambda: api.client.pipelines.pipeline_service_create_pipeline(body, _request_timeout=_TIMEOUT),
+        )
+        if made:
+            undo.callback(
+                self._remove, f"pipeline {name}", lambda: api.client.pipelines.pipeline_service_delete_pipeline(
+                    pipeline.pipeline_id, _request_timeout=_TIMEOUT)
+            )  # fmt: skip
+        return pipeline.pipeline_id
+
+    def _ensure_version(self, wanted: Submission, pipeline_id: str, package: str, undo: contextlib.ExitStack) -> str:
+        name, api = f"{object_name(wanted.config)}-{package_digest(package)[:10]}", self._connection
+        with tempfile.TemporaryDirectory(prefix="tuneloop-") as folder:
+            file = Path(folder) / f"{name}.yaml"
+            file.write_text(package, encoding="utf-8")
+            version, made = self._server.ensure(
+                lambda: self._version(pipeline_id, name),
+                lambda: api.client.pipeline_uploads.upload_pipeline_version(
+                    str(file), name=name, display_name=name, pipelineid=pipeline_id, _request_timeout=_TIMEOUT
+                ),
+            )
+        version_id = version.pipeline_version_id
+        print(f"pipeline: {name}, {'uploaded' if made else 'as it is there already'}", flush=True)
+        if made:
+            undo.callback(
+                self._remove, f"pipeline version {name}",
+                lambda: api.client.pipelines.pipeline_service_delete_pipeline_version(
+                    pipeline_id, version_id, _request_timeout=_TIMEOUT)
+            )  # fmt: skip
+        return version_id
+
+    def _version(self, pipeline_id: str, name: str) -> Any:
+        answer = self._connection.client.pipelines.pipeline_service_list_pipeline_versions(
+            pipeline_id, filter=_equals("display_name", name), page_size=_PAGE, _request_timeout=_TIMEOUT
+        )
+        return next(iter(answer.pipeline_versions or []), None)
+
+    def _ensure_experiment(self, undo: contextlib.ExitStack) -> str:
+        api = self._connection
+        body = {"display_name": EXPERIMENT, **self._in_namespace()}
+        found, made = self._server.ensure(
+            self._experiment,
+            lambda: api.client.experiments.experiment_service_create_experiment(body, _request_timeout=_TIMEOUT),
+        )
+        if made:
+            undo.callback(
+                self._remove, f"experiment {EXPERIMENT}",
+                lambda: api.client.experiments.experiment_service_delete_experiment(
+                    found.experiment_id, _request_timeout=_TIMEOUT)
+            )  # fmt: skip
+        return found.experiment_id
+
+    def _experiment(self) -> Any:
+        answer = self._connection.client.experiments.experiment_service_list_experiments(
+            **self._in_namespace(), filter=_equals("display_name", EXPERIMENT), _request_timeout=_TIMEOUT
+        )
+        return next(iter(answer.experiments or []), None)
+
+    def _ensure_run(
+        self, wanted: Submission, after: RunView | None, ids: tuple[str, str, str], undo: contextlib.ExitStack
+    ) -> RunView:
+        pipeline_id, version_id, experiment_id = ids
+        body = {
+            "display_name": wanted.name,
+            "experiment_id": experiment_id,
+            "pipeline_version_reference": {"pipeline_id": pipeline_id, "pipeline_version_id": version_id},
+            "runtime_config": {"parameters": wanted.arguments},
+        }
+        if self._connection.namespace and wanted.config.cluster.service_account:  # else Kubeflow's own runs the pods
+            body["service_account"] = wanted.config.cluster.service_account
+
+        def find() -> Any:
+            found = self._named(wanted.name)
+            return None if found is None or (after and found.run_id == after.id) else found
+
+        def stop() -> None:
+            if found := find():
+                self._connection.client.runs.run_service_delete_run(found.run_id, _request_timeout=_TIMEOUT)
+
+        undo.callback(self._remove, f"run {wanted.name}", stop)
+        run, _ = self._server.ensure(
+            find, lambda: self._connection.client.runs.run_service_create_run(body, _request_timeout=_TIMEOUT)
+        )
+        return _view(run)
+
+    def _remove(self, what: str, action: Callable[[], object]) -> None:
+        """Undo one thing; where that fails too, say what is left."""
+        patience, self._server.patience_seconds = self._server.patience_seconds, min(5, self._server.patience_seconds)
+        try:
+            self._server.call(lambda: self._server.absent_as_none(action))
+        except TuneloopError as error:
+            print(f"warning: {what} may be left on the server, which the same command uses again: {error}",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        finally:
+            self._server.patience_seconds = patience
+
+    def _get(self, run_id: str) -> Any:
+        return self._connection.client.runs.run_service_get_run(run_id, _request_timeout=_TIMEOUT)
+
+    def _named(self, name: str) -> Any:
+        """The newest run of a name that nobody has archived."""
+        answer = self._connection.client.runs.run_service_list_runs(
+            **self._in_namespace(),
+            filter=_equals("display_name", name),
+            sort_by="created_at desc",
+            page_size=_PAGE,
+            _request_timeout=_TIMEOUT,
+        )
+        return next((run for run in answer.runs or [] if run.storage_state != "ARCHIVED"), None)
+
+    def _in_namespace(self) -> dict[str, str]:
+        return {"namespace": self._connection.namespace} if self._connection.namespace else {}
+
+
+def run_link(ui: str, run_id: str) -> str:
+    """The run's page in the console at `ui`; empty: how to open one."""
+    if ui:
+        return f"{ui}/#/runs/details/{run_id}"
+    forward = "kubectl --namespace kubeflow port-forward service/ml-pipeline-ui 8080:80"
+    return f"http://localhost:8080/#/runs/details/{run_id}, after: {forward}"
+
+
+@contextlib.contextmanager
+def _undone_on_failure() -> Iterator[contextlib.ExitStack]:
+    """Callbacks of the stack run, the last first, only when the body fails."""
+    with contextlib.ExitStack() as undo:
+        yield undo
+        undo.pop_all()
+
+
+def _equals(key: str, value: str) -> str:
+    """A filter as the API's v2beta1Filter."""
+    return json.dumps({"predicates": [{"operation": "EQUALS", "key": key, "string_value": value}]})
+
+
+def _view(run: Any) -> RunView:
+    details = (run.run_details.task_details if run.run_details else None) or []
+    parameters = (run.runtime_config.parameters if run.runtime_config else None) or {}
+    return RunView(
+        id=run.run_id,
+        name=run.display_name,
+        state=_STATES.get(run.state or "PENDING", PENDING),
+        created=run.created_at,
+        ended=_moment(run.finished_at),
+        steps=_steps(details),
+        parameters=parameters,
+        message=(run.error.message or "") if run.error else "",
+    )
+
+
+def _steps(details: list[Any]) -> dict[str, StepView]:
+    """The steps among a run's tasks, which hold its groups and Kubeflow's own helpers too."""
+    found: dict[str, StepView] = {}
+    for task in sorted(details, key=lambda one: str(one.create_time)):
+        name = (task.display_name or "").replace("-", "_")
+        if name in NODES:
+            message = (task.error.message or "") if task.error else ""
+            state = _STATES.get(task.state or "PENDING", PENDING)
+            found[name] = StepView(state, _moment(task.start_time), _moment(task.end_time), message)
+    return found
+
+
+def _moment(time: Any) -> Any:
+    """A time that has come: the API writes year 0 or 1970 where there is none yet."""
+    return time if time is not None and time.year > 1970 else None
