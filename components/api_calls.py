@@ -21,6 +21,7 @@ T = TypeVar("T")
 TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, and between two pieces of an answer; both clients wait for ever by default
 LONGEST_WAIT_SECONDS = 15.0
 _FIRST_WAIT_SECONDS = 0.5
+_BRIEF_SECONDS = 5.0
 _TRIES_OF_500 = 3  # a server's bug stays; a database that was restarted comes back
 _BUSY = (429, 502, 503, 504)
 _LOGIN_PAGES = (301, 302, 303, 307, 308)
@@ -107,6 +108,14 @@ class ApiServer:
                 if found is None:
                     raise
         return found, maybe_done
+
+    def briefly(self, action: Callable[[], T]) -> T:
+        """`call` for what is cleaned up behind a failure, which nobody wants to wait for."""
+        patience, self.patience_seconds = self.patience_seconds, min(self.patience_seconds, _BRIEF_SECONDS)
+        try:
+            return self.call(action)
+        finally:
+            self.patience_seconds = patience
 
     def absent_as_none(self, action: Callable[[], T]) -> T | None:
         """`action`'s result, None when the server answers 404: for the `find` of `ensure`."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.api_calls import ApiServer
+from components.api_calls import TIMEOUT_SECONDS, ApiServer
 from tuneloop.errors import UserError
 
 TOKEN, TOKEN_FILE, COOKIES = "TUNELOOP_KFP_TOKEN", "TUNELOOP_KFP_TOKEN_FILE", "TUNELOOP_KFP_COOKIES"
@@ -63,12 +63,14 @@ class KfpConnection:
     """
 
     def __init__(self, settings: ConnectionSettings):
-        self._settings = settings
+        self._settings, self.kfp_namespace = settings, settings.kfp_namespace
         where = settings.endpoint or ("this cluster" if _IN_CLUSTER in os.environ else "the kubeconfig's cluster")
         self.server = ApiServer(f"Kubeflow Pipelines at {where}", _login_advice(), settings.patience_seconds)
         self.server.renew = self._connect
         self._connect()
-        health = self.server.call(lambda: self.client.healthzs.healthz_service_get_healthz(_request_timeout=(10, 60)))
+        health = self.server.call(
+            lambda: self.client.healthzs.healthz_service_get_healthz(_request_timeout=TIMEOUT_SECONDS)
+        )
         self.namespace = settings.namespace if health.multi_user else None
         if health.multi_user and not settings.namespace:
             raise UserError(f"{self.server.name}: has several users; name your namespace with --namespace")
@@ -76,7 +78,7 @@ class KfpConnection:
         self.ui = ui.rstrip("/") if "://" in ui or not ui else f"https://{ui.rstrip('/')}"
 
     def _connect(self) -> None:
-        self.client = _kfp_client(self._settings)
+        self.client: Any = _kfp_client(self._settings)  # generated from the API, with return types that are no help
 
 
 def _kfp_client(settings: ConnectionSettings) -> Any:
@@ -118,7 +120,8 @@ def _client_class() -> Any:
 
         def _load_config(self, *args: Any, **kwargs: Any) -> Any:
             config = super()._load_config(*args, **kwargs)
-            config.retries = False  # urllib3's own would repeat requests behind our back, and follow login pages
+            # urllib3's own would repeat requests behind our back, and follow a redirection to a login page.
+            config.retries = False  # pyright: ignore[reportAttributeAccessIssue] - untyped
             return config
 
     return QuietClient
@@ -167,29 +170,36 @@ class KubeConnection:
             _require_context(self._settings.context, "log in to the cluster")
             try:
                 kubernetes.config.load_kube_config(
-                    context=self._settings.context or None, client_configuration=configuration
+                    config_file=_kubeconfig(),
+                    context=self._settings.context or None,
+                    client_configuration=configuration,
                 )
             except (kubernetes.config.ConfigException, OSError) as error:
                 raise UserError(f"kubeconfig: {error}; correct it, or name another one with KUBECONFIG") from None
         configuration.retries = False  # pyright: ignore[reportAttributeAccessIssue] - as for Kubeflow Pipelines
         self.server.name = f"Kubernetes at {configuration.host}"
         client = kubernetes.client.ApiClient(configuration)
-        self.core, self.custom = kubernetes.client.CoreV1Api(client), kubernetes.client.CustomObjectsApi(client)
+        self.core: Any = kubernetes.client.CoreV1Api(client)  # as for Kubeflow Pipelines
+        self.custom: Any = kubernetes.client.CustomObjectsApi(client)
 
 
 def _require_context(context: str, otherwise: str) -> None:
     import kubernetes
 
     try:
-        contexts, active = kubernetes.config.list_kube_config_contexts()
+        contexts, active = kubernetes.config.list_kube_config_contexts(config_file=_kubeconfig())
     except (kubernetes.config.ConfigException, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"no cluster is named: no usable kubeconfig ({reason}); {otherwise}") from None
-    names = [found["name"] for found in contexts]
+    names = [str(found["name"]) for found in contexts]  # pyright: ignore[reportCallIssue, reportArgumentType] - untyped
     if context and context not in names:
         raise UserError(f"--context {context}: the kubeconfig has no such context; it has {', '.join(names)}")
     if not context and not active:
         raise UserError(f"the kubeconfig has no current context; name one with --context: {', '.join(names)}")
+
+
+def _kubeconfig() -> str | None:
+    return os.environ.get("KUBECONFIG") or None  # kubernetes itself reads the variable when it is imported
 
 
 @contextlib.contextmanager

@@ -5,10 +5,11 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from components.api_calls import TIMEOUT_SECONDS
 from pipelines.cluster.connection import KfpConnection
 from pipelines.cluster.run_view import (
     CANCELLED,
@@ -24,12 +25,12 @@ from pipelines.cluster.run_view import (
     StepView,
 )
 from pipelines.cluster.submission import Submission
+from pipelines.cluster.undo import undone_on_failure
 from pipelines.kfp_rendering import kubernetes_package, package_digest
 from pipelines.placement import object_name
 from tuneloop.errors import TuneloopError
 
 EXPERIMENT = "tuneloop"
-_TIMEOUT = (10, 60)  # seconds to connect, and to wait for an answer
 _PAGE = 100
 _RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _STATES = {
@@ -52,6 +53,7 @@ class KfpRuns:
 
     def __init__(self, connection: KfpConnection):
         self._connection, self._server = connection, connection.server
+        self.pod_namespace = connection.namespace or connection.kfp_namespace
 
     def start(self, wanted: Submission, after: RunView | None) -> RunView:
         """Start a run; what was made for it is removed again when it cannot be started.
@@ -64,7 +66,7 @@ class KfpRuns:
             TryAgain: it is away.
         """
         package = kubernetes_package(wanted.config)
-        with _undone_on_failure() as undo:
+        with undone_on_failure() as undo:
             pipeline_id = self._ensure_pipeline(wanted, undo)
             version_id = self._ensure_version(wanted, pipeline_id, package, undo)
             experiment_id = self._ensure_experiment(undo)
@@ -86,7 +88,7 @@ class KfpRuns:
         """The newest runs, without their steps."""
         answer = self._server.call(
             lambda: self._connection.client.runs.run_service_list_runs(
-                **self._in_namespace(), page_size=count, sort_by="created_at desc", _request_timeout=_TIMEOUT
+                **self._in_namespace(), page_size=count, sort_by="created_at desc", _request_timeout=TIMEOUT_SECONDS
             )
         )
         return [_view(run) for run in answer.runs or []]
@@ -106,15 +108,15 @@ class KfpRuns:
         pipeline, made = self._server.ensure(
             lambda: self._server.absent_as_none(
                 lambda: api.client.pipelines.pipeline_service_get_pipeline_by_name(
-                    name, **self._in_namespace(), _request_timeout=_TIMEOUT
+                    name, **self._in_namespace(), _request_timeout=TIMEOUT_SECONDS
                 )
             ),
-            lambda: api.client.pipelines.pipeline_service_create_pipeline(body, _request_timeout=_TIMEOUT),
+            lambda: api.client.pipelines.pipeline_service_create_pipeline(body, _request_timeout=TIMEOUT_SECONDS),
         )
         if made:
             undo.callback(
                 self._remove, f"pipeline {name}", lambda: api.client.pipelines.pipeline_service_delete_pipeline(
-                    pipeline.pipeline_id, _request_timeout=_TIMEOUT)
+                    pipeline.pipeline_id, _request_timeout=TIMEOUT_SECONDS)
             )  # fmt: skip
         return pipeline.pipeline_id
 
@@ -126,7 +128,7 @@ class KfpRuns:
             version, made = self._server.ensure(
                 lambda: self._version(pipeline_id, name),
                 lambda: api.client.pipeline_uploads.upload_pipeline_version(
-                    str(file), name=name, display_name=name, pipelineid=pipeline_id, _request_timeout=_TIMEOUT
+                    str(file), name=name, display_name=name, pipelineid=pipeline_id, _request_timeout=TIMEOUT_SECONDS
                 ),
             )
         version_id = version.pipeline_version_id
@@ -135,13 +137,13 @@ class KfpRuns:
             undo.callback(
                 self._remove, f"pipeline version {name}",
                 lambda: api.client.pipelines.pipeline_service_delete_pipeline_version(
-                    pipeline_id, version_id, _request_timeout=_TIMEOUT)
+                    pipeline_id, version_id, _request_timeout=TIMEOUT_SECONDS)
             )  # fmt: skip
         return version_id
 
     def _version(self, pipeline_id: str, name: str) -> Any:
         answer = self._connection.client.pipelines.pipeline_service_list_pipeline_versions(
-            pipeline_id, filter=_equals("display_name", name), page_size=_PAGE, _request_timeout=_TIMEOUT
+            pipeline_id, filter=_equals("display_name", name), page_size=_PAGE, _request_timeout=TIMEOUT_SECONDS
         )
         return next(iter(answer.pipeline_versions or []), None)
 
@@ -150,19 +152,19 @@ class KfpRuns:
         body = {"display_name": EXPERIMENT, **self._in_namespace()}
         found, made = self._server.ensure(
             self._experiment,
-            lambda: api.client.experiments.experiment_service_create_experiment(body, _request_timeout=_TIMEOUT),
+            lambda: api.client.experiments.experiment_service_create_experiment(body, _request_timeout=TIMEOUT_SECONDS),
         )
         if made:
             undo.callback(
                 self._remove, f"experiment {EXPERIMENT}",
                 lambda: api.client.experiments.experiment_service_delete_experiment(
-                    found.experiment_id, _request_timeout=_TIMEOUT)
+                    found.experiment_id, _request_timeout=TIMEOUT_SECONDS)
             )  # fmt: skip
         return found.experiment_id
 
     def _experiment(self) -> Any:
         answer = self._connection.client.experiments.experiment_service_list_experiments(
-            **self._in_namespace(), filter=_equals("display_name", EXPERIMENT), _request_timeout=_TIMEOUT
+            **self._in_namespace(), filter=_equals("display_name", EXPERIMENT), _request_timeout=TIMEOUT_SECONDS
         )
         return next(iter(answer.experiments or []), None)
 
@@ -185,27 +187,23 @@ class KfpRuns:
 
         def stop() -> None:
             if found := find():
-                self._connection.client.runs.run_service_delete_run(found.run_id, _request_timeout=_TIMEOUT)
+                self._connection.client.runs.run_service_delete_run(found.run_id, _request_timeout=TIMEOUT_SECONDS)
 
         undo.callback(self._remove, f"run {wanted.name}", stop)
         run, _ = self._server.ensure(
-            find, lambda: self._connection.client.runs.run_service_create_run(body, _request_timeout=_TIMEOUT)
+            find, lambda: self._connection.client.runs.run_service_create_run(body, _request_timeout=TIMEOUT_SECONDS)
         )
         return _view(run)
 
     def _remove(self, what: str, action: Callable[[], object]) -> None:
         """Undo one thing; where that fails too, say what is left."""
-        patience, self._server.patience_seconds = self._server.patience_seconds, min(5, self._server.patience_seconds)
         try:
-            self._server.call(lambda: self._server.absent_as_none(action))
+            self._server.briefly(lambda: self._server.absent_as_none(action))
         except TuneloopError as error:
-            print(f"warning: {what} may be left on the server, which the same command uses again: {error}",
-                  file=sys.stderr, flush=True)  # fmt: skip
-        finally:
-            self._server.patience_seconds = patience
+            print(f"warning: {what} may be left, which the same command uses again: {error}", file=sys.stderr)
 
     def _get(self, run_id: str) -> Any:
-        return self._connection.client.runs.run_service_get_run(run_id, _request_timeout=_TIMEOUT)
+        return self._connection.client.runs.run_service_get_run(run_id, _request_timeout=TIMEOUT_SECONDS)
 
     def _named(self, name: str) -> Any:
         """The newest run of a name that nobody has archived."""
@@ -214,7 +212,7 @@ class KfpRuns:
             filter=_equals("display_name", name),
             sort_by="created_at desc",
             page_size=_PAGE,
-            _request_timeout=_TIMEOUT,
+            _request_timeout=TIMEOUT_SECONDS,
         )
         return next((run for run in answer.runs or [] if run.storage_state != "ARCHIVED"), None)
 
@@ -228,14 +226,6 @@ def run_link(ui: str, run_id: str) -> str:
         return f"{ui}/#/runs/details/{run_id}"
     forward = "kubectl --namespace kubeflow port-forward service/ml-pipeline-ui 8080:80"
     return f"http://localhost:8080/#/runs/details/{run_id}, after: {forward}"
-
-
-@contextlib.contextmanager
-def _undone_on_failure() -> Iterator[contextlib.ExitStack]:
-    """Callbacks of the stack run, the last first, only when the body fails."""
-    with contextlib.ExitStack() as undo:
-        yield undo
-        undo.pop_all()
 
 
 def _equals(key: str, value: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.cluster.run_view import ENDED, SUCCEEDED, RunView
 from tuneloop.errors import TuneloopError
-from tuneloop.storage import NotFound, join_uri, read_file
+from tuneloop.storage import NotFound, Storage, open_storage
 
 EVERY_SECONDS = 20.0  # between two looks at a running step's curve
 _TRAINING = ("sft_warmup", "lora_rl")
@@ -31,6 +31,7 @@ class LastMetrics:
 
     def __init__(self, run_uri: str):
         self._run_uri = run_uri
+        self._storage: Storage | None = None
         self._known: dict[str, tuple[float, str]] = {}  # step -> when it was read, and what
 
     def of(self, run: RunView) -> dict[str, str]:
@@ -38,6 +39,7 @@ class LastMetrics:
         if not self._run_uri:
             return {}
         try:
+            self._storage = self._storage or open_storage(self._run_uri)
             found = {name: self._of_step(name, step.state) for name, step in run.steps.items() if name in _RESULTS}
         except (TuneloopError, ValueError):
             self._run_uri = ""  # asking again at every look would only slow the table down
@@ -49,22 +51,16 @@ class LastMetrics:
         if read_at == float("inf") or (time.monotonic() - read_at < EVERY_SECONDS and state != SUCCEEDED):
             return text
         text = self._result(name) if state == SUCCEEDED else self._curve(name) if name in _TRAINING else ""
-        self._known[name] = (float("inf") if state in ENDED else time.monotonic(), text)
+        self._known[name] = (float("inf") if state in ENDED and text else time.monotonic(), text)
         return text
 
     def _result(self, name: str) -> str:
-        try:
-            summary = json.loads(read_file(join_uri(self._run_uri, f"{name}/step.json")))["summary"]
-        except NotFound:
-            return ""
+        summary = json.loads(self._read(f"{name}/step.json") or '{"summary": {}}')["summary"]
         shown = [(summary.get(key), text) for key, text in _RESULTS[name]]
         return ", ".join(text.format(value) for value, text in shown if isinstance(value, int | float))
 
     def _curve(self, name: str) -> str:
-        try:
-            lines = read_file(join_uri(self._run_uri, f"{name}.partial/metrics.jsonl")).decode().splitlines()
-        except NotFound:
-            return ""
+        lines = self._read(f"{name}.partial/metrics.jsonl").decode().splitlines()
         rows: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
         if not rows:
             return ""
@@ -73,3 +69,11 @@ class LastMetrics:
             if (value := next((row[metric] for row in reversed(rows) if metric in row), None)) is not None:
                 shown.append(f"{metric} {value:.4g}")
         return ", ".join(shown)
+
+    def _read(self, key: str) -> bytes:
+        """A file of the run folder; nothing when there is none."""
+        assert self._storage
+        try:
+            return self._storage.read_bytes(key)
+        except NotFound:
+            return b""

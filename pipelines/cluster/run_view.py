@@ -56,9 +56,15 @@ class RunView:
 
 
 class Backend(Protocol):
-    """A server that runs pipelines."""
+    """A server that runs pipelines.
+
+    Attributes:
+        target: its name on the command line.
+        pod_namespace: where its runs' pods are.
+    """
 
     target: str
+    pod_namespace: str
 
     def find(self, run: str) -> RunView | None:
         """The newest run of that id or name."""

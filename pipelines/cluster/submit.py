@@ -1,8 +1,9 @@
 """`submit`: refuse what can be refused here, then start the run once, however often it is asked for."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from components.config import RunConfig
 from pipelines.cluster.run_view import CANCELLED, CANCELLING, FAILED, SKIPPED, Backend, RunView
@@ -68,6 +69,14 @@ def _said(backend: Starter, run: RunView, wanted: Submission) -> tuple[Starter, 
     return backend, run, wanted.output_uri
 
 
+def _decisive(config: str) -> dict[str, Any]:
+    """What of a run's config, as JSON, decides its result."""
+    try:
+        return {key: value for key, value in json.loads(config).items() if key != "cluster"}
+    except (ValueError, AttributeError):
+        return {}
+
+
 def _next_copy(backend: Backend, wanted: Submission) -> Submission:
     for number in range(2, _MOST_COPIES):
         copy = wanted.renamed(f"{wanted.name}-{number}")
@@ -77,7 +86,9 @@ def _next_copy(backend: Backend, wanted: Submission) -> Submission:
 
 
 def _require_same(before: RunView, wanted: Submission) -> None:
-    """Refuse a name that stands for another run's folder."""
+    """Refuse a name that stands for another run."""
+    if _decisive(before.parameters.get("config", "")) != _decisive(wanted.arguments["config"]):
+        raise UserError(f"{wanted.name}: is the name of a run with another config; name another one with --run")
     if before.output_uri.rstrip("/") != wanted.output_uri:
         raise UserError(
             f"{wanted.name}: is the name of a run into {before.output_uri or 'an unknown folder'}; name another one "

@@ -36,6 +36,11 @@ class Fault:
 
 
 class _Quiet(WSGIRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections are kept, and a body that is cut off is known to be
+
+    def log(self, *_: Any) -> None:
+        """Connections break on purpose here."""
+
     def log_request(self, *_: Any) -> None:
         """Requests are in `FaultyServer.requests`."""
 

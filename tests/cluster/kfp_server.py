@@ -1,14 +1,14 @@
 """A double of the Kubeflow Pipelines server: its published REST API v2beta1 over lists in memory.
 
 Requests and answers are compared with the published Swagger document (`kfp_api/`), unknown fields refused. It runs no
-pod: tests say what becomes of a run. Use it as `from tests.cluster.kfp_server import kfp_server  # noqa: F401`.
+pod: tests say what becomes of a run. `conftest.py` gives it to this folder's tests.
 """
 
 import functools
 import json
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,6 +21,7 @@ from tests.cluster.faulty_server import FaultyServer, json_response
 from tests.cluster.kfp_api.make import API
 
 Record = dict[str, Any]
+_PROXY = re.compile(r"^/+api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy/+")  # the way through Kubernetes
 _KINDS = {
     "pipelines": ("pipeline_id", "v2beta1Pipeline"),
     "versions": ("pipeline_version_id", "v2beta1PipelineVersion"),
@@ -74,6 +75,10 @@ class KfpServer(FaultyServer):
 
     def error(self, status: int, message: str) -> Response:
         return json_response({"code": 2, "message": message, "details": []}, status)
+
+    def _handle(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        environ["PATH_INFO"] = _PROXY.sub("/", environ["PATH_INFO"])
+        return super()._handle(environ, start_response)
 
     def answer(self, request: Request) -> Response:
         operation, names = _operation(request)
