@@ -4,9 +4,7 @@ A Workflow's name cannot be used twice, so a run that is started again is the Wo
 label `app.kubernetes.io/instance` holds the run's name.
 """
 
-import contextlib
 import re
-import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -27,9 +25,9 @@ from pipelines.cluster.run_view import (
     StepView,
 )
 from pipelines.cluster.submission import Submission
-from pipelines.cluster.undo import undone_on_failure
+from pipelines.cluster.undo import Undo, undone_on_failure
 from pipelines.placement import PART_OF_LABEL
-from tuneloop.errors import TryAgain, TuneloopError, UserError
+from tuneloop.errors import TryAgain, UserError
 
 RUN_LABEL = "app.kubernetes.io/instance"
 WORKFLOW_LABEL = "workflows.argoproj.io/workflow"  # Argo's own, on every pod of a Workflow
@@ -75,7 +73,7 @@ class ArgoRuns:
             TryAgain: it is away.
         """
         [template] = [found for found in argo_objects(wanted.config) if found["kind"] == "WorkflowTemplate"]
-        with undone_on_failure() as undo:
+        with undone_on_failure(self._server) as undo:
             self._ensure_template(template, undo)
             return self._ensure_workflow(wanted, after, undo)
 
@@ -105,22 +103,23 @@ class ArgoRuns:
         """What Argo labels a Workflow's pods with."""
         return f"{WORKFLOW_LABEL}={run.id}"
 
-    def _ensure_template(self, wanted: Object, undo: contextlib.ExitStack) -> None:
+    def _ensure_template(self, wanted: Object, undo: Undo) -> None:
         name = wanted["metadata"]["name"]
 
         def get() -> Object | None:
             return self._server.absent_as_none(lambda: self._get(TEMPLATES, name))
 
-        found, made = self._server.ensure(get, lambda: self._create(TEMPLATES, wanted))
-        if made:
-            undo.callback(self._tried, f"WorkflowTemplate {name}", lambda: self._delete(TEMPLATES, name))
-        elif found["metadata"].get("labels", {}).get(PART_OF_LABEL) != "tuneloop":
-            raise UserError(f"WorkflowTemplate {name}: is somebody else's; give the config another name")
-        elif not _is_like(found, wanted):
+        what = f"WorkflowTemplate {name}"
+        found, made = undo.ensure(
+            what, get, lambda: self._create(TEMPLATES, wanted), lambda _: self._delete(TEMPLATES, name)
+        )
+        if not made and found["metadata"].get("labels", {}).get(PART_OF_LABEL) != "tuneloop":
+            raise UserError(f"{what}: is somebody else's; give the config another name")
+        if not made and not _is_like(found, wanted):
+            undo.on_failure(what, lambda: self._replace(_sendable(found), None, get))
             self._replace(wanted, found, get)
-            undo.callback(self._tried, f"WorkflowTemplate {name}", lambda: self._replace(_sendable(found), None, get))
         how = "created" if made else "as it is there already" if _is_like(found, wanted) else "replaced"
-        print(f"pipeline: WorkflowTemplate {name}, {how}", flush=True)
+        print(f"pipeline: {what}, {how}", flush=True)
 
     def _replace(self, wanted: Object, found: Object | None, get: Callable[[], Object | None]) -> None:
         """Replace an object that somebody may be replacing too.
@@ -143,7 +142,7 @@ class ArgoRuns:
                 found = None
         raise TryAgain(f"WorkflowTemplate {wanted['metadata']['name']}: others are replacing it at the same time")
 
-    def _ensure_workflow(self, wanted: Submission, after: RunView | None, undo: contextlib.ExitStack) -> RunView:
+    def _ensure_workflow(self, wanted: Submission, after: RunView | None, undo: Undo) -> RunView:
         body = workflow(wanted.config, _next_name(wanted.name, after), wanted.arguments)
         body["metadata"]["labels"] = {**body["metadata"]["labels"], RUN_LABEL: wanted.name}
 
@@ -151,20 +150,13 @@ class ArgoRuns:
             found = self._of_run(wanted.name)
             return None if found is None or (after and found["metadata"]["name"] == after.id) else found
 
-        def stop() -> None:
-            if found := find():
-                self._delete(WORKFLOWS, found["metadata"]["name"])
-
-        undo.callback(self._tried, f"Workflow {body['metadata']['name']}", stop)
-        run, _ = self._server.ensure(find, lambda: self._create(WORKFLOWS, body))
+        run, _ = undo.ensure(
+            f"Workflow {body['metadata']['name']}",
+            find,
+            lambda: self._create(WORKFLOWS, body),
+            lambda found: self._delete(WORKFLOWS, found["metadata"]["name"]),
+        )
         return _view(run)
-
-    def _tried(self, what: str, action: Callable[[], object]) -> None:
-        """Undo one thing; where that fails too, say what is left."""
-        try:
-            self._server.briefly(lambda: self._server.absent_as_none(action))
-        except TuneloopError as error:
-            print(f"warning: {what} may be left, which the same command uses again: {error}", file=sys.stderr)
 
     def _of_run(self, name: str) -> Object | None:
         return next(iter(self._list(f"{RUN_LABEL}={name}")), None)

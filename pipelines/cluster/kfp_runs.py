@@ -1,11 +1,8 @@
 """Runs on Kubeflow Pipelines (API v2beta1): the pipeline's version by its content, the run by its name."""
 
-import contextlib
 import json
 import re
-import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +22,9 @@ from pipelines.cluster.run_view import (
     StepView,
 )
 from pipelines.cluster.submission import Submission
-from pipelines.cluster.undo import undone_on_failure
+from pipelines.cluster.undo import Undo, undone_on_failure
 from pipelines.kfp_rendering import kubernetes_package, package_digest
 from pipelines.placement import object_name
-from tuneloop.errors import TuneloopError
 
 EXPERIMENT = "tuneloop"
 _PAGE = 100
@@ -66,7 +62,7 @@ class KfpRuns:
             TryAgain: it is away.
         """
         package = kubernetes_package(wanted.config)
-        with undone_on_failure() as undo:
+        with undone_on_failure(self._server) as undo:
             pipeline_id = self._ensure_pipeline(wanted, undo)
             version_id = self._ensure_version(wanted, pipeline_id, package, undo)
             experiment_id = self._ensure_experiment(undo)
@@ -101,45 +97,41 @@ class KfpRuns:
         """What Kubeflow Pipelines labels a run's pods with."""
         return f"pipeline/runid={run.id}"
 
-    def _ensure_pipeline(self, wanted: Submission, undo: contextlib.ExitStack) -> str:
+    def _ensure_pipeline(self, wanted: Submission, undo: Undo) -> str:
         name, api = object_name(wanted.config), self._connection
         description = "A LoRA adapter proven better than the one in production."
         body = {"name": name, "display_name": name, "description": description, **self._in_namespace()}
-        pipeline, made = self._server.ensure(
+        pipeline, _ = undo.ensure(
+            f"pipeline {name}",
             lambda: self._server.absent_as_none(
                 lambda: api.client.pipelines.pipeline_service_get_pipeline_by_name(
                     name, **self._in_namespace(), _request_timeout=TIMEOUT_SECONDS
                 )
             ),
             lambda: api.client.pipelines.pipeline_service_create_pipeline(body, _request_timeout=TIMEOUT_SECONDS),
+            lambda found: api.client.pipelines.pipeline_service_delete_pipeline(
+                found.pipeline_id, _request_timeout=TIMEOUT_SECONDS
+            ),
         )
-        if made:
-            undo.callback(
-                self._remove, f"pipeline {name}", lambda: api.client.pipelines.pipeline_service_delete_pipeline(
-                    pipeline.pipeline_id, _request_timeout=TIMEOUT_SECONDS)
-            )  # fmt: skip
         return pipeline.pipeline_id
 
-    def _ensure_version(self, wanted: Submission, pipeline_id: str, package: str, undo: contextlib.ExitStack) -> str:
+    def _ensure_version(self, wanted: Submission, pipeline_id: str, package: str, undo: Undo) -> str:
         name, api = f"{object_name(wanted.config)}-{package_digest(package)[:10]}", self._connection
         with tempfile.TemporaryDirectory(prefix="tuneloop-") as folder:
             file = Path(folder) / f"{name}.yaml"
             file.write_text(package, encoding="utf-8")
-            version, made = self._server.ensure(
+            version, made = undo.ensure(
+                f"pipeline version {name}",
                 lambda: self._version(pipeline_id, name),
                 lambda: api.client.pipeline_uploads.upload_pipeline_version(
                     str(file), name=name, display_name=name, pipelineid=pipeline_id, _request_timeout=TIMEOUT_SECONDS
                 ),
+                lambda found: api.client.pipelines.pipeline_service_delete_pipeline_version(
+                    pipeline_id, found.pipeline_version_id, _request_timeout=TIMEOUT_SECONDS
+                ),
             )
-        version_id = version.pipeline_version_id
         print(f"pipeline: {name}, {'uploaded' if made else 'as it is there already'}", flush=True)
-        if made:
-            undo.callback(
-                self._remove, f"pipeline version {name}",
-                lambda: api.client.pipelines.pipeline_service_delete_pipeline_version(
-                    pipeline_id, version_id, _request_timeout=TIMEOUT_SECONDS)
-            )  # fmt: skip
-        return version_id
+        return version.pipeline_version_id
 
     def _version(self, pipeline_id: str, name: str) -> Any:
         answer = self._connection.client.pipelines.pipeline_service_list_pipeline_versions(
@@ -147,19 +139,17 @@ class KfpRuns:
         )
         return next(iter(answer.pipeline_versions or []), None)
 
-    def _ensure_experiment(self, undo: contextlib.ExitStack) -> str:
+    def _ensure_experiment(self, undo: Undo) -> str:
         api = self._connection
         body = {"display_name": EXPERIMENT, **self._in_namespace()}
-        found, made = self._server.ensure(
+        found, _ = undo.ensure(
+            f"experiment {EXPERIMENT}",
             self._experiment,
             lambda: api.client.experiments.experiment_service_create_experiment(body, _request_timeout=TIMEOUT_SECONDS),
+            lambda found: api.client.experiments.experiment_service_delete_experiment(
+                found.experiment_id, _request_timeout=TIMEOUT_SECONDS
+            ),
         )
-        if made:
-            undo.callback(
-                self._remove, f"experiment {EXPERIMENT}",
-                lambda: api.client.experiments.experiment_service_delete_experiment(
-                    found.experiment_id, _request_timeout=TIMEOUT_SECONDS)
-            )  # fmt: skip
         return found.experiment_id
 
     def _experiment(self) -> Any:
@@ -168,9 +158,7 @@ class KfpRuns:
         )
         return next(iter(answer.experiments or []), None)
 
-    def _ensure_run(
-        self, wanted: Submission, after: RunView | None, ids: tuple[str, str, str], undo: contextlib.ExitStack
-    ) -> RunView:
+    def _ensure_run(self, wanted: Submission, after: RunView | None, ids: tuple[str, str, str], undo: Undo) -> RunView:
         pipeline_id, version_id, experiment_id = ids
         body = {
             "display_name": wanted.name,
@@ -185,22 +173,14 @@ class KfpRuns:
             found = self._named(wanted.name)
             return None if found is None or (after and found.run_id == after.id) else found
 
-        def stop() -> None:
-            if found := find():
-                self._connection.client.runs.run_service_delete_run(found.run_id, _request_timeout=TIMEOUT_SECONDS)
-
-        undo.callback(self._remove, f"run {wanted.name}", stop)
-        run, _ = self._server.ensure(
-            find, lambda: self._connection.client.runs.run_service_create_run(body, _request_timeout=TIMEOUT_SECONDS)
+        api = self._connection
+        run, _ = undo.ensure(
+            f"run {wanted.name}",
+            find,
+            lambda: api.client.runs.run_service_create_run(body, _request_timeout=TIMEOUT_SECONDS),
+            lambda found: api.client.runs.run_service_delete_run(found.run_id, _request_timeout=TIMEOUT_SECONDS),
         )
         return _view(run)
-
-    def _remove(self, what: str, action: Callable[[], object]) -> None:
-        """Undo one thing; where that fails too, say what is left."""
-        try:
-            self._server.briefly(lambda: self._server.absent_as_none(action))
-        except TuneloopError as error:
-            print(f"warning: {what} may be left, which the same command uses again: {error}", file=sys.stderr)
 
     def _get(self, run_id: str) -> Any:
         return self._connection.client.runs.run_service_get_run(run_id, _request_timeout=TIMEOUT_SECONDS)

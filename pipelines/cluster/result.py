@@ -39,7 +39,9 @@ def _succeeded(run: RunView) -> tuple[int, str]:
         return EXIT_GATE_REFUSED, f"gate: not passed: {gate.get('reason', '')}; the incumbent is kept"
     if told.get("status") == "promoted":
         return EXIT_OK, f"gate: passed: {gate.get('reason', '')}; promoted"
-    return EXIT_OK, "the run succeeded and had nothing to train on: the data is unchanged"
+    if told.get("status") == "skipped":
+        return EXIT_OK, "the run succeeded and had nothing to train on: the data is unchanged"
+    return EXIT_OK, "the run succeeded; its report is of an earlier attempt"
 
 
 def _failed(run: RunView) -> tuple[int, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from components.config import RunConfig
+from pipelines.argo import objects
 from pipelines.cli import main
 from pipelines.cluster import kfp_runs
 from pipelines.kfp_rendering import kubernetes_package
@@ -64,5 +65,6 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     """The command line in an empty home; each config is compiled once, which takes longer than everything else."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kfp_runs, "kubernetes_package", lambda config: _package(resolved_json(config)))
+    for module in (kfp_runs, objects):
+        monkeypatch.setattr(module, "kubernetes_package", lambda config: _package(resolved_json(config)))
     return Command(tmp_path, capsys)

@@ -1,6 +1,8 @@
 """`submit` on Kubeflow Pipelines: once, whatever happens on the way, and nothing left behind by a failure."""
 
 import json
+import os
+import signal
 import time
 
 import pytest
@@ -140,6 +142,22 @@ def test_what_was_there_before_a_failed_submit_stays(command: Command, kfp_serve
     kfp_server.faults.append(Fault("POST", "/runs", 400))
     assert command.submit("--set", "seed=8").code == 2
     assert counts(kfp_server) == ONE_OF_EACH
+
+
+@pytest.mark.parametrize("operation", ["CreatePipeline", "UploadPipelineVersion", "CreateExperiment", "CreateRun"])
+def test_ctrl_c_on_the_way_leaves_nothing_behind(command: Command, kfp_server: KfpServer, monkeypatch, operation):
+    carry_out = getattr(kfp_server, f"_{operation}")
+
+    def interrupted(*arguments, **more):
+        result = carry_out(*arguments, **more)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        return result
+
+    monkeypatch.setattr(kfp_server, f"_{operation}", interrupted)
+    answer = command.submit()
+    assert (answer.code, answer.err.count("\n")) == (75, 1)
+    assert counts(kfp_server) == NOTHING
 
 
 def test_what_cannot_be_removed_is_named(command: Command, kfp_server: KfpServer):
