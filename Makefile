@@ -45,7 +45,7 @@ typecheck: setup ## Check types
 
 ci: lint typecheck test ## Exactly what CI runs
 
-compile: setup ## Compile the pipeline to pipelines/compiled/
+compile: setup ## Render the pipeline for Kubeflow, Vertex, Argo and GitOps into pipelines/compiled/
 	$(BIN)/python -m pipelines compile
 
 golden: compile ## Renew the files that tests compare with

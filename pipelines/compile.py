@@ -1,5 +1,6 @@
 """The pipeline's renderings: written by `python -m pipelines compile`, checked in for one config, and compared."""
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from tuneloop.errors import UserError
 COMPILED = Path(__file__).resolve().parent / "compiled"
 CONFIG = COMPILED.parent.parent / "configs" / "cluster.toml"
 TARGETS = ("kubernetes", "portable", "argo", "gitops")
+Package = Callable[[], str]
 KUBERNETES, PORTABLE, GITOPS = "kubernetes.yaml", "portable.yaml", "gitops.yaml"
 WORKFLOW_TEMPLATE, CRON_WORKFLOW, KUSTOMIZATION = "workflow_template.yaml", "cron_workflow.yaml", "kustomization.yaml"
 
@@ -26,7 +28,10 @@ def render(config: RunConfig, targets: tuple[str, ...] = TARGETS) -> dict[str, s
         UserError: the config cannot run on a cluster, or not on a target.
     """
     require_reachable(config)
-    return {file: text for target in targets for file, text in _RENDERERS[target](config).items()}
+    from pipelines.kfp_rendering import kubernetes_package
+
+    package = functools.cache(lambda: kubernetes_package(config))  # several renderings are made from it
+    return {file: text for target in targets for file, text in _RENDERERS[target](config, package).items()}
 
 
 def compile_pipeline(config: RunConfig, folder: Path = COMPILED, targets: tuple[str, ...] = TARGETS) -> list[Path]:
@@ -51,45 +56,43 @@ def check_compiled(config: RunConfig, folder: Path = COMPILED, targets: tuple[st
     Raises:
         UserError: they differ, or a file is missing.
     """
-    from pipelines.kfp_rendering import without_sdk_version
+    from pipelines.kfp_rendering import package_content
 
     for file, text in render(config, targets).items():
         path = folder / file
-        if not path.is_file() or without_sdk_version(path.read_text(encoding="utf-8")) != without_sdk_version(text):
+        if not path.is_file() or package_content(path.read_text(encoding="utf-8")) != package_content(text):
             raise UserError(f"{path} is not what the pipeline compiles to; run `python -m pipelines compile`")
 
 
-def _kubernetes(config: RunConfig) -> dict[str, str]:
-    from pipelines.kfp_rendering import kubernetes_package
-
-    return {KUBERNETES: kubernetes_package(config)}
+def _kubernetes(config: RunConfig, package: Package) -> dict[str, str]:
+    return {KUBERNETES: package()}
 
 
-def _portable(config: RunConfig) -> dict[str, str]:
+def _portable(config: RunConfig, package: Package) -> dict[str, str]:
     from pipelines.kfp_rendering import portable_package
 
     return {PORTABLE: portable_package(config)}
 
 
-def _gitops(config: RunConfig) -> dict[str, str]:
+def _gitops(config: RunConfig, package: Package) -> dict[str, str]:
     from pipelines.kfp_rendering import gitops_objects
 
-    return {GITOPS: gitops_objects(config)}
+    return {GITOPS: gitops_objects(config, package())}
 
 
-def _argo(config: RunConfig) -> dict[str, str]:
+def _argo(config: RunConfig, package: Package) -> dict[str, str]:
     import yaml
 
     from pipelines.argo import argo_objects
 
     kinds = {"WorkflowTemplate": WORKFLOW_TEMPLATE, "CronWorkflow": CRON_WORKFLOW}
-    files: dict[str, Any] = {kinds[found["kind"]]: found for found in argo_objects(config)}
+    files: dict[str, Any] = {kinds[found["kind"]]: found for found in argo_objects(config, package())}
     kustomization = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": [*files]}
     objects = files | {KUSTOMIZATION: kustomization}
     return {file: yaml.safe_dump(found, sort_keys=False, width=math.inf) for file, found in objects.items()}
 
 
-_RENDERERS: dict[str, Callable[[RunConfig], dict[str, str]]] = {
+_RENDERERS: dict[str, Callable[[RunConfig, Package], dict[str, str]]] = {
     "kubernetes": _kubernetes,
     "portable": _portable,
     "argo": _argo,

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -39,17 +38,20 @@ def portable_package(config: RunConfig) -> str:
     return _compiled(config, lambda task, placement: _place_portably(task, placement, _accelerator(config, placement)))
 
 
-def gitops_objects(config: RunConfig) -> str:
+def gitops_objects(config: RunConfig, package: str | None = None) -> str:
     """The pipeline as the objects Pipeline and PipelineVersion, for clusters that take pipelines by kubectl or Argo CD.
 
     The version's name holds the digest of what it runs, because a PipelineVersion cannot be changed.
+
+    Args:
+        package: the pipeline compiled for Kubernetes, if it is at hand.
     """
     from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
     name = object_name(config)
     options = KubernetesManifestOptions(
         pipeline_name=name,
-        pipeline_version_name=f"{name}-{package_digest(kubernetes_package(config))[:10]}",
+        pipeline_version_name=f"{name}-{package_digest(package or kubernetes_package(config))[:10]}",
         namespace=config.cluster.namespace,
         include_pipeline_manifest=True,
     )
@@ -57,13 +59,21 @@ def gitops_objects(config: RunConfig) -> str:
 
 
 def package_digest(text: str) -> str:
-    """sha256 (hex) of a compiled package, whatever the SDK's version."""
-    return hashlib.sha256(without_sdk_version(text).encode()).hexdigest()
+    """sha256 (hex) of what a compiled package says, however its YAML is written and whatever the SDK's version."""
+    return hashlib.sha256(json.dumps(package_content(text), sort_keys=True).encode()).hexdigest()
 
 
-def without_sdk_version(text: str) -> str:
-    """A compiled package with the SDK's version made the same."""
-    return re.sub(r"(?m)^( *)sdkVersion: .*$", r"\1sdkVersion: any", text)
+def package_content(text: str) -> list[Any]:
+    """The documents of a compiled package, without the SDK's version."""
+    import yaml
+
+    return [_without_sdk_version(found) for found in yaml.load_all(text, Loader=yaml.CSafeLoader)]
+
+
+def _without_sdk_version(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_sdk_version(child) for key, child in value.items() if key != "sdkVersion"}
+    return value
 
 
 def config_text(config: RunConfig) -> str:

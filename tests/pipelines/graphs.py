@@ -94,7 +94,7 @@ def _kubeflow_pod(container: Manifest, extras: Manifest, task: Manifest) -> dict
         "nodes": extras["nodeSelector"]["labels"],
         "tolerations": [tuple(sorted(one.items())) for one in extras["tolerations"]],
         "timeout": int(extras["activeDeadlineSeconds"]),
-        "shm": [one["sizeLimit"] for one in extras.get("emptyDirMounts", ()) if one["mountPath"] == "/dev/shm"],
+        "shm": {one["mountPath"]: (one["medium"], one["sizeLimit"]) for one in extras.get("emptyDirMounts", ())},
         "retries": task.get("retryPolicy", {}).get("maxRetryCount", 0),
         "non_root": extras["securityContext"]["runAsNonRoot"],
         "pull_secrets": [one["secretName"] for one in extras["imagePullSecret"]],
@@ -153,6 +153,7 @@ def _argo_pod(template: Manifest, spec: Manifest) -> dict[str, Any]:
     resources = container["resources"]
     gpus = {key: value for key, value in resources["limits"].items() if key != "memory"}
     env = container["env"]
+    paths = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     references = [(one["name"], one["valueFrom"]["secretKeyRef"]) for one in env if "valueFrom" in one]
     return {
         "image": container["image"],
@@ -165,7 +166,11 @@ def _argo_pod(template: Manifest, spec: Manifest) -> dict[str, Any]:
         "nodes": template["nodeSelector"],
         "tolerations": [tuple(sorted(one.items())) for one in template["tolerations"]],
         "timeout": template["activeDeadlineSeconds"],
-        "shm": [one["emptyDir"]["sizeLimit"] for one in template["volumes"] if one["name"] == "shm"],
+        "shm": {
+            paths[one["name"]]: (one["emptyDir"]["medium"], one["emptyDir"]["sizeLimit"])
+            for one in template["volumes"]
+            if one["emptyDir"]
+        },
         "retries": template.get("retryStrategy", {}).get("limit", 0),
         "non_root": container["securityContext"]["runAsNonRoot"],
         "pull_secrets": [one["name"] for one in spec["imagePullSecrets"]],

@@ -21,6 +21,7 @@ from components.report.step import main as report
 from components.runner import fingerprint_from
 from components.step_command import main as run_step
 from components.step_command import parser_of
+from pipelines.argo.artifacts import report_artifact
 from pipelines.compile import COMPILED, CONFIG, render
 from pipelines.kfp_rendering import config_text
 from pipelines.steps import STEPS
@@ -267,3 +268,27 @@ def test_where_a_run_is_placed_changes_no_fingerprint():
         step = importlib.import_module(f"components.{name}.step").STEP
         assert "cluster" not in step.sections
         assert fingerprint_from(step, here, {}) == fingerprint_from(step, there, {}), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "store"),
+    [
+        (
+            (),
+            {
+                "endpoint": "minio.minio:9000",
+                "insecure": True,
+                "region": "us-east-1",
+                "accessKeySecret": {"name": "tuneloop-s3", "key": "AWS_ACCESS_KEY_ID"},
+                "secretKeySecret": {"name": "tuneloop-s3", "key": "AWS_SECRET_ACCESS_KEY"},
+            },
+        ),
+        (
+            ("cluster.secrets=[]", "cluster.env={}"),
+            {"endpoint": "s3.amazonaws.com", "insecure": False, "useSDKCreds": True},
+        ),
+    ],
+)
+def test_report_is_stored_as_the_steps_store(overrides, store):
+    artifact = report_artifact(load_run_config(CONFIG, overrides), "/tmp/report.html")
+    assert {key: value for key, value in artifact["s3"].items() if key not in ("bucket", "key")} == store
