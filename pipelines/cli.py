@@ -184,11 +184,12 @@ def _run_pipeline(config, run: str) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from pipelines.runs import find_run
+    from pipelines.runs import find_run, is_run
     from pipelines.summary import report_line
     from tuneloop.report import report_of
 
-    if not is_remote(arguments.run) and cluster_cli.names_a_cluster(arguments):
+    here = is_remote(arguments.run) or is_run(arguments.run, arguments.output)
+    if cluster_cli.names_a_cluster(arguments, here):
         cluster_cli.report(arguments)
         return
     run = arguments.run if is_remote(arguments.run) else str(find_run(arguments.run, arguments.output))

@@ -65,10 +65,10 @@ def add_connection(parser: argparse.ArgumentParser, targets: tuple[str, ...]) ->
     )  # fmt: skip
 
 
-def names_a_cluster(arguments: argparse.Namespace) -> bool:
-    """Whether the options or the environment name a cluster to look at."""
+def names_a_cluster(arguments: argparse.Namespace, here: bool) -> bool:
+    """Whether a run is looked for on a cluster: the options say so, or the environment of what is not found here."""
     options = (arguments.target, arguments.host, arguments.context, arguments.namespace)
-    return any(options) or bool(os.environ.get(_ENDPOINT))
+    return any(options) or (bool(os.environ.get(_ENDPOINT)) and not here)
 
 
 def _seconds(text: str) -> float:

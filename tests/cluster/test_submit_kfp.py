@@ -20,9 +20,7 @@ def counts(server: KfpServer) -> dict[str, int]:
     return {kind: len(records) for kind, records in server.stored.items()}
 
 
-def test_submit_starts_the_run_with_its_parameters_and_says_where_it_is(
-    command: Command, kfp_server: KfpServer, tmp_path
-):
+def test_submit_starts_the_run_with_its_parameters_and_says_where_it_is(command: Command, kfp_server: KfpServer):
     answer = command.submit()
     assert (answer.code, answer.err) == (0, "")
     assert counts(kfp_server) == ONE_OF_EACH
@@ -35,7 +33,16 @@ def test_submit_starts_the_run_with_its_parameters_and_says_where_it_is(
     assert version["name"].startswith("tuneloop-tiny-")
     assert set(version["pipeline_spec"]) == {"pipeline_spec", "platform_spec"}
     assert f"{kfp_server.url}/#/runs/details/{run['run_id']}" in answer.out
-    assert not (tmp_path / ".config").exists()
+
+
+def test_kfps_own_file_of_contexts_is_neither_made_nor_changed(command: Command, kfp_server: KfpServer, monkeypatch):
+    import kfp
+
+    context = command.toml.parent / "kfp" / "context.json"
+    monkeypatch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(context))
+    kfp_server.multi_user = True
+    assert command.submit().code == 0
+    assert not context.parent.exists()
 
 
 def test_submit_again_says_so_and_starts_nothing(command: Command, kfp_server: KfpServer):
