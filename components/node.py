@@ -6,7 +6,9 @@ A failure leaves `<step>.failed.json`, because neither kfp.local nor the Pipelin
 import importlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +20,7 @@ from components.runner import execute
 from tuneloop.errors import EXIT_OK, UserError
 from tuneloop.storage import join_uri, read_file, write_file
 
+TICK = "{schedule_time}"
 STEP_BEGINS, STEP_ENDS = "==> ", "<== "  # lines that frame a step's output in the pipeline's log
 
 
@@ -34,6 +37,7 @@ def run_in_pipeline(
     *,
     config: str,
     output_uri: str,
+    due: str = "",
     inputs: Mapping[str, str] | None = None,
     parameters: Mapping[str, Any] | None = None,
     metrics: MetricsSink | None = None,
@@ -44,7 +48,8 @@ def run_in_pipeline(
 
     Args:
         config: the run's config as JSON.
-        output_uri: the run folder.
+        output_uri: the run folder; `TICK` in it stands for the time that the run was due.
+        due: that time, as the backend gives it.
         inputs: the outputs of the steps that this one reads.
         parameters: pipeline parameters that override the config; see `components.parameters`.
         metrics: receives the numbers of the step's summary.
@@ -55,24 +60,50 @@ def run_in_pipeline(
     Raises:
         SystemExit: the step failed, with its exit code.
     """
-    if not output_uri:
-        exit_code = exit_code_of(_refuse_no_output)
-        raise SystemExit(exit_code)
-    target = join_uri(output_uri, name)
+    run_uri = _run_uri(output_uri, due)
+    target = join_uri(run_uri, name)
 
     def run() -> None:
         step = importlib.import_module(f"components.{name}.step").STEP
         result = execute(step, resolve_parameters(config, parameters or {}), inputs or {}, target)
         _log_metrics(result, metrics)
 
-    exit_code = run_framed(name, output_uri, run)
+    exit_code = run_framed(name, run_uri, run)
     if exit_code != EXIT_OK:
         raise SystemExit(exit_code)
     return target
 
 
-def _refuse_no_output() -> None:
-    raise UserError("output_uri: is empty; name the folder of the run, such as s3://bucket/runs/first")
+def due_time(due: str) -> str:
+    """When a run was due, as the backend tells; empty where it tells nothing or leaves its placeholder."""
+    return "" if due.startswith("{{") else due
+
+
+def run_folder(output_uri: str, due: str) -> str:
+    """The run folder that a pipeline's `output_uri` names: each tick of a schedule has its own, by `TICK`.
+
+    Raises:
+        UserError: it is empty, or names a tick where there is none.
+    """
+    if not output_uri:
+        raise UserError("output_uri: is empty; name the run folder, such as s3://bucket/runs/first")
+    if TICK not in output_uri:
+        return output_uri
+    try:
+        time = datetime.fromisoformat(due_time(due))
+    except ValueError:
+        raise UserError(
+            f"output_uri {output_uri}: {TICK} is the time of a schedule's tick, and this run has none; name a folder"
+        ) from None
+    return output_uri.replace(TICK, time.astimezone(UTC).strftime("%Y%m%dT%H%M%SZ"))
+
+
+def _run_uri(output_uri: str, due: str) -> str:
+    try:
+        return run_folder(output_uri, due)
+    except UserError as error:  # there is no folder yet to record it in
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
 
 
 def run_framed(name: str, run_uri: str, action: Callable[[], object]) -> int:
@@ -92,14 +123,14 @@ def run_framed(name: str, run_uri: str, action: Callable[[], object]) -> int:
     return exit_code
 
 
-def publish_config(check_uri: str, run_uri: str) -> str:
-    """Put the resolved config of a finished check at the top of the run folder, and return it."""
+def publish_config(check_uri: str) -> str:
+    """Put the resolved config of a finished check at the top of its run folder, and return it."""
     content = read_file(join_uri(check_uri, "config.json"))
-    write_file(join_uri(run_uri, "config.json"), content)
+    write_file(join_uri(check_uri.rpartition("/")[0], "config.json"), content)
     return content.decode()
 
 
-def report_in_pipeline(run_uri: str, metrics: MetricsSink, page: str, model_card: str) -> str:
+def report_in_pipeline(output_uri: str, due: str, metrics: MetricsSink, page: str, model_card: str) -> str:
     """The pipeline's exit task: build the report of the run folder, as far as the run got, and log its numbers.
 
     Args:
@@ -111,8 +142,7 @@ def report_in_pipeline(run_uri: str, metrics: MetricsSink, page: str, model_card
     Raises:
         SystemExit: the report could not be made.
     """
-    if not run_uri:
-        raise SystemExit(exit_code_of(_refuse_no_output))
+    run_uri = _run_uri(output_uri, due)
 
     def build() -> None:
         from tuneloop.report import report_metrics

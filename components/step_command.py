@@ -24,7 +24,7 @@ def main(step: Step, argv: Sequence[str] | None = None) -> int:
         if arguments.outputs:
             write_outputs(result, arguments.outputs)
         if arguments.node and step.name == "check":
-            publish_config(arguments.output, _run_uri(arguments.output, step))
+            publish_config(arguments.output.rstrip("/"))
 
     if not arguments.node:
         return exit_code_of(run)

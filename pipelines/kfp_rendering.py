@@ -93,12 +93,14 @@ def _compiled(config: RunConfig, place_task: Callable[[Any, StepPlacement], None
 
     with tempfile.TemporaryDirectory(prefix="tuneloop-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # kfp's notes to its own developers
+        from kfp import dsl
         from kfp.compiler import Compiler
 
         from pipelines.post_training import build_pipeline
 
         path = Path(folder) / "pipeline.yaml"
-        pipeline = build_pipeline(place_step, config_text(config))
+        due = dsl.PIPELINE_JOB_SCHEDULE_TIME_UTC_PLACEHOLDER
+        pipeline = build_pipeline(place_step, config_text(config), due)
         Compiler().compile(pipeline, str(path), pipeline_name=object_name(config), **options)  # pyright: ignore[reportArgumentType] - decorated
         return path.read_text()
 

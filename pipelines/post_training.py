@@ -20,21 +20,25 @@ from components.sft_warmup.component import sft_warmup
 Place = Callable[[str, dsl.PipelineTask], object]
 
 
-def without_cache(component: Any, **arguments: Any) -> dsl.PipelineTask:
-    """A task without the backend's cache, which looks neither at our code nor behind a URI; steps have their own."""
-    return component(**arguments).set_caching_options(False)
+def without_cache(component: Any, due: str = "", **arguments: Any) -> dsl.PipelineTask:
+    """A task without the backend's cache, which looks neither at our code nor behind a URI; steps have their own.
+
+    Each is told when the run was due, because the run folder of a schedule's tick is named after it.
+    """
+    return component(**arguments, due=due).set_caching_options(False)
 
 
-def build_pipeline(place: Place = lambda step, task: None, config_json: str = "") -> Callable[..., Any]:
+def build_pipeline(place: Place = lambda step, task: None, config_json: str = "", due: str = "") -> Callable[..., Any]:
     """The pipeline, its steps placed, its parameter `config` with a default.
 
     Args:
         place: is called with the name and the task of every step.
         config_json: the config that a run has to which none is given.
+        due: the backend's placeholder for when a run was due; kfp.local has none.
     """
 
     def placed(component: Any, **arguments: Any) -> dsl.PipelineTask:
-        task = without_cache(component, **arguments)
+        task = without_cache(component, due, **arguments)
         place(task.name.replace("-", "_"), task)
         return task
 
@@ -54,7 +58,7 @@ def build_pipeline(place: Place = lambda step, task: None, config_json: str = ""
 
         Args:
             config: the run's config as JSON.
-            output_uri: the run folder; has to be given.
+            output_uri: the run folder; has to be given. {schedule_time} in it is the time of a schedule's tick.
             base_model: model.uri; as in the config when empty, like every parameter below at its default.
             dataset_uri: the first data source's uri.
             updates: lora_rl.updates.

@@ -20,7 +20,7 @@ class VllmDouble:
         largest_rank: adapters above it are refused, as by `--max-lora-rank`.
         updating: whether VLLM_ALLOW_RUNTIME_LORA_UPDATING is on.
         key: what clients must send; empty: nothing.
-        calls: what was asked of it, in order: "load NAME FOLDER" and "unload NAME".
+        calls: what was asked of it, in order: "load NAME FOLDER".
     """
 
     def __init__(self) -> None:
@@ -43,10 +43,8 @@ class VllmDouble:
                     return
                 if not double.updating:
                     self._answer(404, {"detail": "Not Found"})
-                elif self.path == "/v1/load_lora_adapter":
-                    self._answer(*double.load(body["lora_name"], body["lora_path"]))
                 else:
-                    self._answer(*double.unload(body["lora_name"]))
+                    self._answer(*double.load(body["lora_name"], body["lora_path"], body.get("load_inplace", False)))
 
             def _allowed(self) -> bool:
                 if double.key and self.headers.get("Authorization") != f"Bearer {double.key}":
@@ -68,9 +66,9 @@ class VllmDouble:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def load(self, name: str, folder: str) -> tuple[int, dict | str]:
+    def load(self, name: str, folder: str, in_place: bool) -> tuple[int, dict | str]:
         self.calls.append(f"load {name} {Path(folder).name}")
-        if name in self.adapters:
+        if name in self.adapters and not in_place:
             return 400, _error(400, f"The lora adapter '{name}' has already been loaded.")
         try:
             rank = json.loads((Path(folder) / "adapter_config.json").read_text())["r"]
@@ -80,13 +78,6 @@ class VllmDouble:
             return 500, _error(500, f"LoRA rank {rank} is greater than max_lora_rank {self.largest_rank}.")
         self.adapters[name] = folder
         return 200, f"Success: LoRA adapter '{name}' added successfully."
-
-    def unload(self, name: str) -> tuple[int, dict | str]:
-        self.calls.append(f"unload {name}")
-        if name not in self.adapters:
-            return 404, _error(404, f"The lora adapter '{name}' cannot be found.")
-        del self.adapters[name]
-        return 200, f"Success: LoRA adapter '{name}' removed successfully."
 
     def start_again(self) -> None:
         """Forget everything, as a container that is started again."""

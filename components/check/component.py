@@ -18,10 +18,11 @@ def check(
     learning_rate: float,
     adapter_name: str,
     schedule_time: str,
+    due: str,
     metrics: dsl.Output[dsl.Metrics],
 ) -> NamedTuple("Outputs", [("uri", str), ("config", str)]):  # type: ignore[valid-type]
     """Resolve the config, and refuse what cannot work."""
-    from components.node import publish_config, run_in_pipeline
+    from components.node import due_time, publish_config, run_in_pipeline
 
     parameters = {
         "base_model": base_model,
@@ -30,7 +31,9 @@ def check(
         "lora_rank": lora_rank,
         "learning_rate": learning_rate,
         "adapter_name": adapter_name,
-        "schedule_time": schedule_time,
+        "schedule_time": schedule_time or due_time(due),
     }
-    uri = run_in_pipeline("check", config=config, output_uri=output_uri, parameters=parameters, metrics=metrics)
-    return (uri, publish_config(uri, output_uri))  # type: ignore[return-value]
+    uri = run_in_pipeline(
+        "check", config=config, output_uri=output_uri, due=due, parameters=parameters, metrics=metrics
+    )
+    return (uri, publish_config(uri))  # type: ignore[return-value]

@@ -9,7 +9,7 @@ from components.images import BASE_IMAGE
 
 @dsl.component(base_image=BASE_IMAGE, install_kfp_package=False, packages_to_install=[])
 def evaluate(
-    config: str, output_uri: str, data: str, warmup: str, training: str, metrics: dsl.Output[dsl.Metrics]
+    config: str, output_uri: str, data: str, warmup: str, training: str, due: str, metrics: dsl.Output[dsl.Metrics]
 ) -> NamedTuple("Outputs", [("uri", str), ("Output", bool)]):  # type: ignore[valid-type]
     """Compare base, warm-up, candidate and incumbent on held-out prompts; returns the URI and the gate's verdict.
 
@@ -21,6 +21,6 @@ def evaluate(
     from tuneloop.storage import read_file
 
     inputs = {"data": data, "warmup": warmup, "training": training}
-    uri = run_in_pipeline("evaluate", config=config, output_uri=output_uri, inputs=inputs, metrics=metrics)
+    uri = run_in_pipeline("evaluate", config=config, output_uri=output_uri, due=due, inputs=inputs, metrics=metrics)
     evaluation = json.loads(read_file(f"{uri}/evaluation.json"))
     return (uri, evaluation["gate"]["passed"])  # type: ignore[return-value]

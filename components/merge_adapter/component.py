@@ -7,10 +7,12 @@ from components.images import BASE_IMAGE
 
 @dsl.component(base_image=BASE_IMAGE, install_kfp_package=False, packages_to_install=[])
 def merge_adapter(
-    config: str, output_uri: str, training: str, data: str, warmup: str, metrics: dsl.Output[dsl.Metrics]
+    config: str, output_uri: str, training: str, data: str, warmup: str, due: str, metrics: dsl.Output[dsl.Metrics]
 ) -> str:
     """Fold the adapter into its base and probe the result; returns the URI of the merged model."""
     from components.node import run_in_pipeline
 
     inputs = {"training": training, "data": data, "warmup": warmup}
-    return run_in_pipeline("merge_adapter", config=config, output_uri=output_uri, inputs=inputs, metrics=metrics)
+    return run_in_pipeline(
+        "merge_adapter", config=config, output_uri=output_uri, due=due, inputs=inputs, metrics=metrics
+    )

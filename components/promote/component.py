@@ -13,10 +13,11 @@ def promote(
     evaluation: str,
     data: str,
     merge: str,
+    due: str,
     metrics: dsl.Output[dsl.Metrics],
 ) -> str:
     """Register the adapter as a new version and move the alias to it; returns the URI of the promotion."""
     from components.node import run_in_pipeline
 
     inputs = {"training": training, "evaluation": evaluation, "data": data, "merge": merge}
-    return run_in_pipeline("promote", config=config, output_uri=output_uri, inputs=inputs, metrics=metrics)
+    return run_in_pipeline("promote", config=config, output_uri=output_uri, due=due, inputs=inputs, metrics=metrics)

@@ -8,6 +8,7 @@ from components.images import BASE_IMAGE
 @dsl.component(base_image=BASE_IMAGE, install_kfp_package=False, packages_to_install=[])
 def report(
     output_uri: str,
+    due: str,
     metrics: dsl.Output[dsl.Metrics],
     page: dsl.Output[dsl.HTML],
     model_card: dsl.Output[dsl.Markdown],
@@ -15,4 +16,4 @@ def report(
     """Write the run's report and model card; returns the URI of the report."""
     from components.node import report_in_pipeline
 
-    return report_in_pipeline(output_uri, metrics, page.path, model_card.path)
+    return report_in_pipeline(output_uri, due, metrics, page.path, model_card.path)

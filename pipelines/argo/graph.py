@@ -98,7 +98,7 @@ def _nodes(spec: Mapping[str, Any], dag: Mapping[str, Any], scope: Mapping[str, 
     for task, definition in sorted(dag["tasks"].items()):
         component = spec["components"][definition["componentRef"]["name"]]
         given = definition.get("inputs", {}).get("parameters", {})
-        inputs = {key: _source(value, scope) for key, value in given.items()}
+        inputs = {key: source for key, value in given.items() if (source := _source(value, scope))}
         after = tuple(sorted(names[other] for other in definition.get("dependentTasks", ())))
         if "dag" in component:
             condition = _condition(definition, inputs)
@@ -114,7 +114,10 @@ def _name(task: str, definition: Mapping[str, Any]) -> str:
     return definition.get("taskInfo", {}).get("name", task)
 
 
-def _source(value: Mapping[str, Any], scope: Mapping[str, Source]) -> Source:
+def _source(value: Mapping[str, Any], scope: Mapping[str, Source]) -> Source | None:
+    """Where an input comes from; None for a constant, which is Kubeflow's own placeholder."""
+    if "runtimeValue" in value:
+        return None
     if "taskOutputParameter" in value:
         output = value["taskOutputParameter"]
         return Output(output["producerTask"], output["outputParameterKey"])

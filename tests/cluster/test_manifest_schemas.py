@@ -35,9 +35,9 @@ def test_every_combination_of_components_is_valid(tmp_path: Path):
         assert len(names) == len(set(names)), chosen
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_what_belongs_to_a_namespace_is_in_ours(name: str):
-    for found in overlay(name):
+@pytest.mark.parametrize("components", [("argo", "kueue", "serving", "trainer"), ("kserve",)])
+def test_what_belongs_to_a_namespace_is_in_ours(components: tuple[str, ...], tmp_path: Path):
+    for found in combination(components, tmp_path):
         definition = custom_resources().get((found["apiVersion"], found["kind"]))
         cluster_scoped = definition["scope"] == "Cluster" if definition else found["kind"] in CLUSTER_SCOPED
         assert found["metadata"].get("namespace") == (None if cluster_scoped else "tuneloop"), found["metadata"]["name"]

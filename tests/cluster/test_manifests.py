@@ -2,13 +2,24 @@
 
 import itertools
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from components import images
-from tests.cluster.rendering import MANIFESTS, OPTIONAL, OVERLAYS, Manifest, combination, named, overlay, pod_specs
+from tests.cluster.rendering import (
+    MANIFESTS,
+    OPTIONAL,
+    OVERLAYS,
+    Manifest,
+    build,
+    combination,
+    named,
+    overlay,
+    pod_specs,
+)
 
 EVERYTHING = tuple(name for name in OPTIONAL if name != "kserve")
 README = (MANIFESTS / "README.md").read_text()
@@ -190,6 +201,16 @@ def test_each_account_may_do_what_its_pods_do_and_no_more(everything: list[Manif
     assert {group for group, _, _ in changing} == {"pipelines.kubeflow.org", "argoproj.io"}
 
 
+def test_accounts_queues_and_priorities_that_are_named_are_there(everything: list[Manifest]):
+    for key in ("serviceAccountName", "serviceAccount"):
+        assert set(everywhere(everything, key)) <= set(named(everything, "ServiceAccount"))
+    assert set(everywhere(everything, "kueue.x-k8s.io/queue-name")) <= set(named(everything, "LocalQueue"))
+    assert set(everywhere(everything, "kueue.x-k8s.io/priority-class")) <= set(
+        named(everything, "WorkloadPriorityClass")
+    )
+    assert any(spec for found in named(everything, "WorkflowTemplate").values() for spec in pod_specs(found))
+
+
 def test_tokens_are_mounted_only_where_they_are_used(everything: list[Manifest]):
     accounts = named(everything, "ServiceAccount")
     mounting = {name for name, account in accounts.items() if account["automountServiceAccountToken"]}
@@ -251,6 +272,32 @@ def test_training_nodes_are_what_the_trainer_looks_for(everything: list[Manifest
     [container] = spec["containers"]
     assert container["name"] == "node"
     assert {"/dev/shm", "/scratch"} == {mount["mountPath"] for mount in container["volumeMounts"]}
+
+
+@pytest.mark.parametrize("served_by", ["serving", "kserve"])
+def test_openshift_chooses_the_users_itself(served_by: str, tmp_path: Path):
+    """Its overlay with one more component: no user or group id is left in any pod."""
+    combination((), tmp_path)
+    place = tmp_path / "manifests/overlays/openshift/kustomization.yaml"
+    place.write_text(
+        place.read_text().replace(
+            "- ../../components/images", f"- ../../components/{served_by}\n  - ../../components/images"
+        )
+    )
+    pods = [spec for found in build(place.parent) for _, spec in pod_specs(found)]
+    assert len(pods) == 2
+    for spec in pods:
+        assert not_restricted(spec) == []
+        assert not [key for key in ("runAsUser", "runAsGroup", "fsGroup") if everywhere(spec, key)]
+
+
+def test_the_namespace_is_renamed_as_the_readme_says(tmp_path: Path):
+    combination((), tmp_path)
+    [command] = re.findall(r"^sed .*$", README, re.M)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    renamed = combination(EVERYTHING, tmp_path)
+    assert set(everywhere(renamed, "namespace")) == {"team-a"}
+    assert set(named(renamed, "Namespace")) == {"team-a"}
 
 
 def test_an_image_is_named_in_one_place(tmp_path: Path):

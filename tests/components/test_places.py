@@ -276,7 +276,8 @@ def test_command_line_of_a_node(tmp_path, capsys, s3_server):  # noqa: F811
     [
         (["--parameter", "rank=2"], "write it as NAME=VALUE, with a name of base_model"),
         (["--parameter", "updates=many"], "expected a whole number"),
-        (["--output", "/check", "--node"], "with --node it is <run>/check"),
+        (["--output", "/check", "--node"], "output_uri: is empty"),
+        (["--output", "run/other", "--node"], "with --node it is <run>/check"),
         (["--config", "s3://models/none.json"], "no such object"),
         (["--config", "{"], "config: not valid JSON"),
     ],

@@ -133,3 +133,25 @@ def test_report_of_a_skipped_run(tmp_path):
     told = json.loads(files.summary.read_text())
     assert (told["status"], told["error"]) == ("skipped", None)
     assert "Nothing new to train on" in files.html.read_text()
+
+
+# The run folder of a tick
+
+
+def test_run_folder_of_a_tick():
+    from components.node import run_folder
+
+    assert run_folder("s3://b/runs/first", "2026-11-23T03:00:00Z") == "s3://b/runs/first"
+    assert run_folder("s3://b/{schedule_time}", "2026-11-23T04:00:00+01:00") == "s3://b/20261123T030000Z"
+    for due in ("", "{{$.pipeline_job_schedule_time_utc}}"):  # alone, and where the backend leaves its placeholder
+        with pytest.raises(UserError, match="this run has none; name a folder"):
+            run_folder("s3://b/{schedule_time}", due)
+
+
+def test_steps_of_a_tick_share_its_folder(tmp_path):
+    from components.node import run_in_pipeline
+
+    text = json.dumps(tiny_config(f"promote.registry={tmp_path / 'registry'}").model_dump(mode="json"))
+    uri = run_in_pipeline("check", config=text, output_uri=f"{tmp_path}/{{schedule_time}}", due="2026-11-23T03:00:00Z")
+    assert uri == f"{tmp_path}/20261123T030000Z/check"
+    assert (tmp_path / "20261123T030000Z" / "check" / "step.json").is_file()

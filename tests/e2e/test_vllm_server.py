@@ -1,11 +1,12 @@
 """lora_rl on a real vLLM, and the adapter that it leaves served by vLLM's own OpenAI server.
 
-Run time on two idle cores: a minute and a half, most of it four starts of vLLM.
+Run time on two idle cores: two minutes, most of it five starts of vLLM.
 """
 
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +27,15 @@ from components.runner import execute
 from pipelines.steps import STEPS
 from tests.vllm_here import needs_vllm
 from tuneloop.data.reader import read_examples
+from tuneloop.data.schema import Example
 from tuneloop.evaluation.contenders import Contender, answer_all
 from tuneloop.evaluation.harness import AnswerSettings
 from tuneloop.models.adapter_io import load_adapter
 from tuneloop.models.sources import resolve_model
+from tuneloop.registry import Registry
 from tuneloop.rewards.base import build_scorer
+from tuneloop.serving.alias_follower import AliasFollower, Status
+from tuneloop.serving.vllm_server import VllmServer
 from tuneloop.settings import SamplingSettings
 
 pytestmark = needs_vllm
@@ -43,6 +49,7 @@ SETTINGS = (
     f"lora_rl.updates={UPDATES}", "lora_rl.prompts_per_update=64", "lora_rl.optimizer.learning_rate=0.002",
     "lora_rl.validate_every=7", "lora_rl.algorithm.minibatches=4",
 )  # fmt: skip
+SERVER = "vllm.entrypoints.openai.api_server"
 CLOCK_AND_MEMORY = ("time", "seconds/", "tokens_per_second/", "memory/")  # columns that differ from run to run
 
 
@@ -108,21 +115,21 @@ def test_a_vllm_that_is_killed_costs_the_rollout_and_not_the_run(trained: Traine
 
 
 @contextmanager
-def server(*arguments: str, log: Path) -> Iterator[str]:
+def server(*arguments: str, log: Path, module: str = SERVER, **environment: str) -> Iterator[str]:
     """vLLM's OpenAI server on a loopback port; gives its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     quick = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
              "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1"}  # fmt: skip
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", *module.split(), "--host", "127.0.0.1", "--port", str(port)]
     with open(log, "w") as output:
         process = subprocess.Popen(
             [*command, *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, **quick},
+            env={**os.environ, **quick, **environment},
         )
     try:
         deadline = time.monotonic() + 300
@@ -145,38 +152,129 @@ def _answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def evaluated(trained: Trained, examples: list[Example], **adapters: Path) -> dict[str, list[str]]:
+    """Name -> greedy answers to the examples, as evaluate makes them; "base" is answered too."""
+    config, base = load_run_config(CONFIG, SETTINGS), resolve_model(BASE)
+    settings = AnswerSettings(1, SamplingSettings(), config.task.max_new_tokens, seed=0)
+    contenders = [Contender("base", base)]
+    contenders += [Contender(name, base, load_adapter(folder)) for name, folder in adapters.items()]
+    answers = answer_all(contenders, examples, build_scorer(config.task.rewards), settings, "float32")
+    return {name: [answer.completion for answer in made.greedy] for name, made in answers.items()}
+
+
+def base_arguments() -> list[str]:
+    return ["--model", str(resolve_model(BASE)), "--served-model-name", "base", "--dtype", "float32", "--enforce-eager",
+            "--max-model-len", "128", "--max-num-seqs", "16", "--generation-config", "vllm", "--enable-lora",
+            "--max-lora-rank", "8"]  # fmt: skip
+
+
+def ask(client, model: str, example: Example) -> str:
+    """One greedy answer of the server."""
+    tokens = load_run_config(CONFIG, SETTINGS).task.max_new_tokens
+    answer = client.chat.completions.create(
+        model=model,
+        messages=example.messages,
+        temperature=0.0,
+        max_tokens=tokens,  # type: ignore[arg-type]
+    )
+    return answer.choices[0].message.content
+
+
 def test_served_by_vllms_openai_server_it_answers_as_it_was_evaluated(trained: Trained, tmp_path: Path):
     import openai
 
-    config, base = load_run_config(CONFIG, SETTINGS), resolve_model(BASE)
     examples = read_examples(trained.folder / "data_prep" / "test.parquet", 40)
-    settings = AnswerSettings(1, SamplingSettings(), config.task.max_new_tokens, seed=0)
-    adapter = load_adapter(trained.output / "adapter")
-    contenders = [Contender("base", base), Contender("candidate", base, adapter)]
-    answers = answer_all(contenders, examples, build_scorer(config.task.rewards), settings, "float32")
-    expected = {name: [answer.completion for answer in made.greedy] for name, made in answers.items()}
+    expected = evaluated(trained, examples, candidate=trained.output / "adapter")
     assert expected["base"] != expected["candidate"]
-
-    arguments = ["--model", str(base), "--served-model-name", "base", "--dtype", "float32", "--enforce-eager",
-                 "--max-model-len", "128", "--max-num-seqs", "16", "--generation-config", "vllm", "--enable-lora",
-                 "--max-lora-rank", "8", "--lora-modules", f"candidate={trained.output / 'adapter'}"]  # fmt: skip
+    arguments = [*base_arguments(), "--lora-modules", f"candidate={trained.output / 'adapter'}"]
     with server(*arguments, log=tmp_path / "server.log") as url:
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
         assert {model.id for model in client.models.list()} == {"base", "candidate"}
         for name in ("candidate", "base"):
-            served = [
-                client.chat.completions.create(
-                    model=name,
-                    messages=example.messages,  # type: ignore[arg-type]
-                    temperature=0.0,
-                    max_tokens=config.task.max_new_tokens,
-                )
-                .choices[0]
-                .message.content
-                for example in examples
-            ]
+            served = [ask(client, name, example) for example in examples]
             # The untrained base is cut off within characters, whose first bytes the server keeps back.
             assert [text.rstrip("\ufffd") for text in served if text is not None] == [
                 text.rstrip("\ufffd") for text in expected[name]
             ]
     assert sum("\ufffd" in text for text in expected["candidate"]) == 0
+
+
+def too_large(folder: Path, to: Path) -> Path:
+    """A copy of an adapter that says it has rank 64."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "adapter_config.json").read_text())
+    (to / "adapter_config.json").write_text(json.dumps({**config, "r": 64}))
+    return to
+
+
+@contextmanager
+def asking_without_pause(client, example: Example) -> Iterator[list[str]]:
+    """Ask for the adapter again and again; an error is raised at the end."""
+    answers: list[str] = []
+    stop = threading.Event()
+
+    def keep_asking() -> None:
+        while not stop.is_set():
+            answers.append(ask(client, "sums", example))
+
+    with ThreadPoolExecutor(2) as pool:
+        threads = [pool.submit(keep_asking) for _ in range(2)]
+        try:
+            yield answers
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.result()
+
+
+def test_moving_the_alias_switches_a_running_vllm(trained: Trained, tmp_path: Path):
+    import openai
+
+    adapters = {"candidate": trained.output / "adapter", "warmed_up": trained.folder / "sft_warmup" / "adapter"}
+    examples = read_examples(trained.folder / "data_prep" / "test.parquet", 40)
+    expected = evaluated(trained, examples, **adapters)
+    numbers = range(len(examples))
+    telling = [number for number in numbers if not any("\ufffd" in expected[name][number] for name in adapters)]
+    differing = next(number for number in telling if expected["candidate"][number] != expected["warmed_up"][number])
+
+    registry = Registry(str(tmp_path / "registry"))
+    folders = [adapters["warmed_up"], adapters["candidate"], too_large(adapters["candidate"], tmp_path / "large")]
+    for number, folder in enumerate(folders):
+        registry.register("sums", folder, {"adapter_digest": f"sha256:{number}", "parent": None, "base_uri": BASE})
+    registry.promote("sums", 1, "production", None)
+    updating = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    with server(*base_arguments(), log=tmp_path / "server.log", module="tuneloop.serving vllm", **updating) as url:
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+        vllm = VllmServer(url.removesuffix("/v1"))
+        follower = AliasFollower(registry, "sums", "production", vllm, tmp_path / "served", BASE)
+        assert follower.look() == Status(1, 1)
+        assert [ask(client, "sums", examples[number]) for number in telling] == [
+            expected["warmed_up"][number] for number in telling
+        ]
+
+        registry.promote("sums", 2, "production", 1)
+        with asking_without_pause(client, examples[differing]) as answers:
+            assert follower.look() == Status(2, 2)
+            for version in (1, 2) * 5:
+                registry.promote("sums", version, "production", 3 - version)
+                assert follower.look() == Status(version, version)
+        assert len(answers) > 10
+        assert [ask(client, "sums", examples[number]) for number in telling] == [
+            expected["candidate"][number] for number in telling
+        ]
+
+        folder = Path(vllm.adapters()["sums"])
+        folder.rename(tmp_path / "away")  # what is read from the disk at every step would be missed now
+        assert ask(client, "sums", examples[differing]) == expected["candidate"][differing]
+        (tmp_path / "away").rename(folder)
+
+        registry.promote("sums", 3, "production", 2)
+        refused = follower.look()
+        assert (refused.wanted, refused.served) == (3, 2)
+        assert "rank 64" in refused.problem
+        assert ask(client, "sums", examples[differing]) == expected["candidate"][differing]
+
+        registry.promote("sums", 1, "production", 3)
+        assert follower.look() == Status(1, 1)
+        assert ask(client, "sums", examples[differing]) == expected["warmed_up"][differing]
+        assert vllm.adapters().keys() == {"sums"}

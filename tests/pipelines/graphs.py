@@ -55,6 +55,7 @@ def read_kubeflow(documents: list[Manifest]) -> Rendered:
                 if "taskOutputParameter" in source
                 else scope[source["componentInputParameter"]]
                 for key, source in given.items()
+                if "runtimeValue" not in source  # Kubeflow's placeholder for when a run was due
             }
             found.after[path] = {names[other] for other in value.get("dependentTasks", ())}
             if condition := value.get("triggerPolicy", {}).get("condition"):

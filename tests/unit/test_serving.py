@@ -74,23 +74,9 @@ def test_moving_the_alias_switches_the_adapter(served: Served):
     served.promote(second)
     assert served.follower.look() == Status(2, 2)
     assert served.content == "b"
-    assert set(served.double.adapters) == {"math"}
     served.registry.rollback("math")
     assert served.follower.look() == Status(1, 1)
     assert served.content == "a"
-
-
-def test_the_new_version_is_tried_before_the_name_is_moved(served: Served):
-    served.promote(served.register("a"))
-    served.follower.look()
-    served.promote(served.register("b"))
-    served.double.calls.clear()
-    served.follower.look()
-    [unload_leftover, load_trial, unload_name, load_name, unload_trial] = served.double.calls
-    folder = Path(served.double.adapters["math"]).name
-    assert load_trial == f"load math@{folder} {folder}"
-    assert (unload_name, load_name) == ("unload math", f"load math {folder}")  # nothing between them
-    assert unload_leftover == unload_trial == f"unload math@{folder}"
 
 
 def test_a_version_that_vllm_refuses_leaves_the_one_before(served: Served, monkeypatch: pytest.MonkeyPatch):
@@ -259,11 +245,14 @@ def test_the_command_follows_until_it_is_told_to_stop_and_needs_neither_torch_no
     command = [sys.executable, "-c", code, "follow", "--registry", served.registry.uri, "--adapter", "math", "--server",
                served.double.url, "--folder", str(tmp_path / "here"), "--interval", "0.05", "--port", "0"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_until(lambda: "math" in served.double.adapters)
-    served.promote(served.register("b"))
-    wait_until(lambda: served.content == "b")
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=30)
+    try:
+        wait_until(lambda: "math" in served.double.adapters)
+        served.promote(served.register("b"))
+        wait_until(lambda: served.content == "b")
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 0, output
     lines = output.splitlines()
     assert lines[0].startswith("following math production in ")

@@ -1,4 +1,4 @@
-"""`python -m tuneloop.serving follow | fetch-base`."""
+"""`python -m tuneloop.serving vllm | follow | fetch-base`."""
 
 import argparse
 import os
@@ -14,6 +14,7 @@ from tuneloop.registry import PRODUCTION, Registry
 from tuneloop.registry.layout import check_name
 from tuneloop.serving.alias_follower import AliasFollower, Status
 from tuneloop.serving.readiness import Readiness
+from tuneloop.serving.vllm_launcher import launch
 from tuneloop.serving.vllm_server import VllmServer
 
 LONGEST_WAIT_SECONDS = 300.0
@@ -21,8 +22,12 @@ LONGEST_WAIT_SECONDS = 300.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        if arguments[:1] == ["vllm"]:  # all that follows is vLLM's own
+            launch(arguments[1:])
+            return EXIT_OK
+        options = _parser().parse_args(arguments)
         options.command(options)
     except TuneloopError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -97,6 +102,7 @@ class _OneLine(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _OneLine(prog="python -m tuneloop.serving", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_OneLine)
+    commands.add_parser("vllm", help="vLLM's OpenAI server, with its own options", add_help=False)
     following = commands.add_parser("follow", help="keep a vLLM server on the version that an alias names")
     following.add_argument("--registry", required=True, metavar="URI", help="a folder or s3://bucket/prefix")
     following.add_argument("--adapter", required=True, metavar="NAME", help="the adapter, and the model's name in vLLM")

@@ -102,26 +102,12 @@ class AliasFollower:
         version.fetch_adapter(target)
 
     def _switch(self, target: Path, served: str | None) -> None:
-        """Let the adapter's name mean the folder `target`.
-
-        vLLM's own replacement in place is not used: the flag stays on the adapter, which is then read from the disk
-        again at every step. Instead the new version is tried under another name, and only then the name is moved.
-        Requests that come meanwhile wait for vLLM's lock on the name, and those under way finish with the version that
-        they began with.
-        """
-        name, trial = self.adapter_name, f"{self.adapter_name}@{target.name}"
+        """Let the adapter's name mean the folder `target`; vLLM tries it before it gives up what it has."""
         try:
-            if served:
-                self._server.unload(trial)  # of a follower that was killed here
-                self._server.load(trial, target)
-                self._server.unload(name)
-            self._server.load(name, target)
+            self._server.load(self.adapter_name, target)
         except AdapterRefused as error:
             self._refused[target] = (time.monotonic() + REFUSED_AGAIN_SECONDS, str(error))
             raise
-        if served:
-            self._server.unload(trial)
-        self._refused.clear()
         self._remember(target, served)
 
     def _hold(self, status: Status) -> Status:

@@ -1,7 +1,7 @@
-"""What a running vLLM OpenAI server is asked: which adapters it has, to load one, to forget one.
+"""What a running vLLM OpenAI server is asked: which adapters it has, and to load one.
 
-The endpoints are vLLM's own, `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`; it has them when it was started
-with `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.
+The endpoints are vLLM's own, `/v1/models` and `/v1/load_lora_adapter`; it has the second one when it was started with
+`--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.
 """
 
 import json
@@ -46,29 +46,19 @@ class VllmServer:
         return {card["id"]: card["root"] for card in answer["data"] if card.get("parent")}
 
     def load(self, name: str, folder: Path) -> None:
-        """Load an adapter under a name that is not taken; requests for that name wait until it is there.
+        """Let a name mean the adapter in a folder; what it meant before answers until then.
 
         Raises:
             AdapterRefused: the server says no, and why.
             ServerDown: it does not answer.
         """
-        status, answer = self._request("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        body = {"lora_name": name, "lora_path": str(folder), "load_inplace": True}
+        status, answer = self._request("/v1/load_lora_adapter", body)
         if status == 404 and "error" not in answer:  # the route itself is missing
             raise UserError(f"{self.url}: cannot load adapters while it runs; start vLLM with --enable-lora and "
                             "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True")  # fmt: skip
         if status != 200:
             raise AdapterRefused(f"vLLM refuses {folder.name}: {_message(answer)}")
-
-    def unload(self, name: str) -> None:
-        """Forget an adapter; requests under way finish with it. A name that is not loaded is no error.
-
-        Raises:
-            UserError: the server says no, and why.
-            ServerDown: it does not answer.
-        """
-        status, answer = self._request("/v1/unload_lora_adapter", {"lora_name": name})
-        if status not in (200, 404):
-            raise UserError(f"vLLM does not unload {name}: {_message(answer)}")
 
     def _request(self, path: str, body: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
