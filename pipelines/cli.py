@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from components.command_line import CommandLine
-from pipelines import cluster_cli
+from pipelines import cluster_cli, schedule_cli
 from pipelines.steps import STEP_NAMES
 from tuneloop.errors import TryAgain, TuneloopError, UserError
 from tuneloop.storage import is_remote
@@ -37,6 +37,7 @@ def _parser(with_registry: bool, with_plan: bool) -> CommandLine:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
     cluster_cli.add_parsers(commands)
+    schedule_cli.add_parser(commands)
     report = commands.add_parser("report", help="write the report of a run again, or fetch it from a cluster")
     report.add_argument("run", metavar="RUN", help="folder, s3:// URI, or name under --output or on a cluster")
     report.add_argument("--output", default="runs", metavar="FOLDER", help="the folder of all runs (default: runs)")

@@ -81,7 +81,8 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _settings(arguments: argparse.Namespace, namespace: str = "") -> Any:
+def settings_of(arguments: argparse.Namespace, namespace: str = "") -> Any:
+    """The connection that the options of `add_connection` name."""
     from components.cluster_config import ClusterConfig
     from pipelines.cluster.connection import ConnectionSettings
 
@@ -118,7 +119,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.package:
         raise UserError("--package: is of --target vertex alone")
-    settings = _settings(arguments, config.cluster.namespace)
+    settings = settings_of(arguments, config.cluster.namespace)
     backend, run, _ = submitting.submit(
         config, arguments.output, lambda: _connect(arguments.target, settings), arguments.run, arguments.again
     )
@@ -143,7 +144,7 @@ def _same_cluster(arguments: argparse.Namespace, run: str) -> str:
 
 
 def _find(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    backend = _connect(arguments.target, _settings(arguments))
+    backend = _connect(arguments.target, settings_of(arguments))
     run = backend.find(arguments.run)
     if run is None:
         newest = ", ".join(dict.fromkeys(found.name for found in backend.newest(20)[:3]))
@@ -158,7 +159,7 @@ def _status(arguments: argparse.Namespace) -> int:
     if not arguments.run:
         if arguments.watch:
             raise UserError("--watch: shows one run; name it")
-        print(listing(_connect(arguments.target, _settings(arguments)).newest(20)))
+        print(listing(_connect(arguments.target, settings_of(arguments)).newest(20)))
         return 0
     backend, run = _find(arguments)
     if arguments.watch:
@@ -171,7 +172,7 @@ def _logs(arguments: argparse.Namespace) -> int:
     from pipelines.cluster.connection import KubeConnection
     from pipelines.cluster.pods import print_logs
 
-    settings = _settings(arguments)
+    settings = settings_of(arguments)
     backend, run = _find(arguments)
     print_logs(KubeConnection(settings), backend, run, arguments.step, arguments.follow, sys.stdout)
     return 0

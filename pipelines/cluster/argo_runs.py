@@ -1,16 +1,15 @@
-"""Runs on Argo Workflows: the WorkflowTemplate created or replaced, the Workflow created from it under the run's name.
+"""Runs on Argo Workflows: Workflows made from a WorkflowTemplate under the run's name.
 
 A Workflow's name cannot be used twice, so a run that is started again is the Workflow `<run>-r2`, `<run>-r3`, …; the
 label `app.kubernetes.io/instance` holds the run's name.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
 
-from components.api_calls import TIMEOUT_SECONDS, Refused
-from pipelines.argo.objects import API_VERSION, argo_objects, workflow
+from pipelines.argo.objects import argo_objects, workflow
+from pipelines.cluster.argo_api import WORKFLOWS, ArgoApi, Object
 from pipelines.cluster.connection import KubeConnection
 from pipelines.cluster.run_view import (
     CANCELLED,
@@ -27,14 +26,9 @@ from pipelines.cluster.run_view import (
 from pipelines.cluster.submission import Submission
 from pipelines.cluster.undo import Undo, undone_on_failure
 from pipelines.placement import PART_OF_LABEL
-from tuneloop.errors import TryAgain, UserError
 
 RUN_LABEL = "app.kubernetes.io/instance"
 WORKFLOW_LABEL = "workflows.argoproj.io/workflow"  # Argo's own, on every pod of a Workflow
-TEMPLATES, WORKFLOWS = "workflowtemplates", "workflows"
-_GROUP, _, _VERSION = API_VERSION.partition("/")
-_MOST_CONFLICTS = 10
-_PAGE = 500
 _PHASES = {
     "": PENDING,
     "Pending": PENDING,
@@ -45,8 +39,6 @@ _PHASES = {
     "Skipped": SKIPPED,
     "Omitted": SKIPPED,
 }
-
-Object = dict[str, Any]
 
 
 class ArgoRuns:
@@ -60,6 +52,7 @@ class ArgoRuns:
 
     def __init__(self, connection: KubeConnection, ui: str = ""):
         self._connection, self._server, self._ui = connection, connection.server, ui.rstrip("/")
+        self._api = ArgoApi(connection)
         self.pod_namespace = connection.namespace
 
     def start(self, wanted: Submission, after: RunView | None) -> RunView:
@@ -74,18 +67,18 @@ class ArgoRuns:
         """
         [template] = [found for found in argo_objects(wanted.config) if found["kind"] == "WorkflowTemplate"]
         with undone_on_failure(self._server) as undo:
-            self._ensure_template(template, undo)
+            self._api.ensure_template(template, undo)
             return self._ensure_workflow(wanted, after, undo)
 
     def find(self, run: str) -> RunView | None:
         """The newest Workflow of a run, or the Workflow of that name."""
         named = self._server.call(lambda: self._of_run(run))
-        found = named or self._server.call(lambda: self._server.absent_as_none(lambda: self._get(WORKFLOWS, run)))
+        found = named or self._server.call(lambda: self._server.absent_as_none(lambda: self._api.get(WORKFLOWS, run)))
         return _view(found) if found else None
 
     def refresh(self, run: RunView) -> RunView:
         """The run as it is now."""
-        return _view(self._server.call(lambda: self._get(WORKFLOWS, run.id)))
+        return _view(self._server.call(lambda: self._api.get(WORKFLOWS, run.id)))
 
     def newest(self, count: int) -> list[RunView]:
         """The newest runs, without their steps."""
@@ -103,45 +96,6 @@ class ArgoRuns:
         """What Argo labels a Workflow's pods with."""
         return f"{WORKFLOW_LABEL}={run.id}"
 
-    def _ensure_template(self, wanted: Object, undo: Undo) -> None:
-        name = wanted["metadata"]["name"]
-
-        def get() -> Object | None:
-            return self._server.absent_as_none(lambda: self._get(TEMPLATES, name))
-
-        what = f"WorkflowTemplate {name}"
-        found, made = undo.ensure(
-            what, get, lambda: self._create(TEMPLATES, wanted), lambda _: self._delete(TEMPLATES, name)
-        )
-        if not made and found["metadata"].get("labels", {}).get(PART_OF_LABEL) != "tuneloop":
-            raise UserError(f"{what}: is somebody else's; give the config another name")
-        if not made and not _is_like(found, wanted):
-            undo.on_failure(what, lambda: self._replace(_sendable(found), None, get))
-            self._replace(wanted, found, get)
-        how = "created" if made else "as it is there already" if _is_like(found, wanted) else "replaced"
-        print(f"pipeline: {what}, {how}", flush=True)
-
-    def _replace(self, wanted: Object, found: Object | None, get: Callable[[], Object | None]) -> None:
-        """Replace an object that somebody may be replacing too.
-
-        Args:
-            found: as it was read; None: read it.
-        """
-        for _ in range(_MOST_CONFLICTS):
-            found = found or self._server.call(get)
-            if found is None or _is_like(found, wanted):
-                return
-            version = {"resourceVersion": found["metadata"]["resourceVersion"]}
-            body = {**wanted, "metadata": {**wanted["metadata"], **version}}
-            try:
-                self._server.call(lambda body=body: self._put(TEMPLATES, body))
-                return
-            except Refused as error:
-                if error.status != 409:
-                    raise
-                found = None
-        raise TryAgain(f"WorkflowTemplate {wanted['metadata']['name']}: others are replacing it at the same time")
-
     def _ensure_workflow(self, wanted: Submission, after: RunView | None, undo: Undo) -> RunView:
         body = workflow(wanted.config, _next_name(wanted.name, after), wanted.arguments)
         body["metadata"]["labels"] = {**body["metadata"]["labels"], RUN_LABEL: wanted.name}
@@ -153,8 +107,8 @@ class ArgoRuns:
         run, _ = undo.ensure(
             f"Workflow {body['metadata']['name']}",
             find,
-            lambda: self._create(WORKFLOWS, body),
-            lambda found: self._delete(WORKFLOWS, found["metadata"]["name"]),
+            lambda: self._api.create(WORKFLOWS, body),
+            lambda found: self._api.delete(WORKFLOWS, found["metadata"]["name"]),
         )
         return _view(run)
 
@@ -163,48 +117,7 @@ class ArgoRuns:
 
     def _list(self, labels: str) -> list[Object]:
         """Workflows, the newest first."""
-        answer = self._connection.custom.list_namespaced_custom_object(
-            *self._place(WORKFLOWS), label_selector=labels, limit=_PAGE, _request_timeout=TIMEOUT_SECONDS
-        )
-        return sorted(answer["items"], key=_made_at, reverse=True)
-
-    def _get(self, plural: str, name: str) -> Object:
-        return self._connection.custom.get_namespaced_custom_object(
-            *self._place(plural), name, _request_timeout=TIMEOUT_SECONDS
-        )
-
-    def _create(self, plural: str, body: Object) -> Object:
-        return self._connection.custom.create_namespaced_custom_object(
-            *self._place(plural), body, _request_timeout=TIMEOUT_SECONDS
-        )
-
-    def _put(self, plural: str, body: Object) -> Object:
-        return self._connection.custom.replace_namespaced_custom_object(
-            *self._place(plural), body["metadata"]["name"], body, _request_timeout=TIMEOUT_SECONDS
-        )
-
-    def _delete(self, plural: str, name: str) -> Object:
-        return self._connection.custom.delete_namespaced_custom_object(
-            *self._place(plural), name, _request_timeout=TIMEOUT_SECONDS
-        )
-
-    def _place(self, plural: str) -> tuple[str, str, str, str]:
-        return _GROUP, _VERSION, self._connection.namespace, plural
-
-
-def _is_like(found: Object, wanted: Object) -> bool:
-    """Whether an object on the server is the one that is wanted, whatever the server has added to its metadata."""
-    for part in ("labels", "annotations"):
-        its = found["metadata"].get(part) or {}
-        if not (wanted["metadata"].get(part) or {}).items() <= its.items():
-            return False
-    return found["spec"] == wanted["spec"]
-
-
-def _sendable(found: Object) -> Object:
-    """An object that was read, as it is sent back."""
-    kept = ("name", "namespace", "labels", "annotations")
-    return {**found, "metadata": {key: found["metadata"][key] for key in kept if key in found["metadata"]}}
+        return sorted(self._api.list(WORKFLOWS, labels), key=_made_at, reverse=True)
 
 
 def _next_name(run: str, after: RunView | None) -> str:

@@ -1,13 +1,11 @@
-"""Runs on Kubeflow Pipelines (API v2beta1): the pipeline's version by its content, the run by its name."""
+"""Runs on Kubeflow Pipelines (API v2beta1), found by their name."""
 
-import json
 import re
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from components.api_calls import TIMEOUT_SECONDS
 from pipelines.cluster.connection import KfpConnection
+from pipelines.cluster.kfp_pipelines import KfpPipeline, ensure_pipeline, equals, in_namespace
 from pipelines.cluster.run_view import (
     CANCELLED,
     CANCELLING,
@@ -23,10 +21,7 @@ from pipelines.cluster.run_view import (
 )
 from pipelines.cluster.submission import Submission
 from pipelines.cluster.undo import Undo, undone_on_failure
-from pipelines.kfp_rendering import kubernetes_package, package_digest
-from pipelines.placement import object_name
 
-EXPERIMENT = "tuneloop"
 _PAGE = 100
 _RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _STATES = {
@@ -61,12 +56,8 @@ class KfpRuns:
             UserError: the server refuses.
             TryAgain: it is away.
         """
-        package = kubernetes_package(wanted.config)
         with undone_on_failure(self._server) as undo:
-            pipeline_id = self._ensure_pipeline(wanted, undo)
-            version_id = self._ensure_version(wanted, pipeline_id, package, undo)
-            experiment_id = self._ensure_experiment(undo)
-            return self._ensure_run(wanted, after, (pipeline_id, version_id, experiment_id), undo)
+            return self._ensure_run(wanted, after, ensure_pipeline(self._connection, wanted.config, undo), undo)
 
     def find(self, run: str) -> RunView | None:
         """The run of that id, or the newest of that name."""
@@ -84,7 +75,10 @@ class KfpRuns:
         """The newest runs, without their steps."""
         answer = self._server.call(
             lambda: self._connection.client.runs.run_service_list_runs(
-                **self._in_namespace(), page_size=count, sort_by="created_at desc", _request_timeout=TIMEOUT_SECONDS
+                **in_namespace(self._connection),
+                page_size=count,
+                sort_by="created_at desc",
+                _request_timeout=TIMEOUT_SECONDS,
             )
         )
         return [_view(run) for run in answer.runs or []]
@@ -97,73 +91,11 @@ class KfpRuns:
         """What Kubeflow Pipelines labels a run's pods with."""
         return f"pipeline/runid={run.id}"
 
-    def _ensure_pipeline(self, wanted: Submission, undo: Undo) -> str:
-        name, api = object_name(wanted.config), self._connection
-        description = "A LoRA adapter proven better than the one in production."
-        body = {"name": name, "display_name": name, "description": description, **self._in_namespace()}
-        pipeline, _ = undo.ensure(
-            f"pipeline {name}",
-            lambda: self._server.absent_as_none(
-                lambda: api.client.pipelines.pipeline_service_get_pipeline_by_name(
-                    name, **self._in_namespace(), _request_timeout=TIMEOUT_SECONDS
-                )
-            ),
-            lambda: api.client.pipelines.pipeline_service_create_pipeline(body, _request_timeout=TIMEOUT_SECONDS),
-            lambda found: api.client.pipelines.pipeline_service_delete_pipeline(
-                found.pipeline_id, _request_timeout=TIMEOUT_SECONDS
-            ),
-        )
-        return pipeline.pipeline_id
-
-    def _ensure_version(self, wanted: Submission, pipeline_id: str, package: str, undo: Undo) -> str:
-        name, api = f"{object_name(wanted.config)}-{package_digest(package)[:10]}", self._connection
-        with tempfile.TemporaryDirectory(prefix="tuneloop-") as folder:
-            file = Path(folder) / f"{name}.yaml"
-            file.write_text(package, encoding="utf-8")
-            version, made = undo.ensure(
-                f"pipeline version {name}",
-                lambda: self._version(pipeline_id, name),
-                lambda: api.client.pipeline_uploads.upload_pipeline_version(
-                    str(file), name=name, display_name=name, pipelineid=pipeline_id, _request_timeout=TIMEOUT_SECONDS
-                ),
-                lambda found: api.client.pipelines.pipeline_service_delete_pipeline_version(
-                    pipeline_id, found.pipeline_version_id, _request_timeout=TIMEOUT_SECONDS
-                ),
-            )
-        print(f"pipeline: {name}, {'uploaded' if made else 'as it is there already'}", flush=True)
-        return version.pipeline_version_id
-
-    def _version(self, pipeline_id: str, name: str) -> Any:
-        answer = self._connection.client.pipelines.pipeline_service_list_pipeline_versions(
-            pipeline_id, filter=_equals("display_name", name), page_size=_PAGE, _request_timeout=TIMEOUT_SECONDS
-        )
-        return next(iter(answer.pipeline_versions or []), None)
-
-    def _ensure_experiment(self, undo: Undo) -> str:
-        api = self._connection
-        body = {"display_name": EXPERIMENT, **self._in_namespace()}
-        found, _ = undo.ensure(
-            f"experiment {EXPERIMENT}",
-            self._experiment,
-            lambda: api.client.experiments.experiment_service_create_experiment(body, _request_timeout=TIMEOUT_SECONDS),
-            lambda found: api.client.experiments.experiment_service_delete_experiment(
-                found.experiment_id, _request_timeout=TIMEOUT_SECONDS
-            ),
-        )
-        return found.experiment_id
-
-    def _experiment(self) -> Any:
-        answer = self._connection.client.experiments.experiment_service_list_experiments(
-            **self._in_namespace(), filter=_equals("display_name", EXPERIMENT), _request_timeout=TIMEOUT_SECONDS
-        )
-        return next(iter(answer.experiments or []), None)
-
-    def _ensure_run(self, wanted: Submission, after: RunView | None, ids: tuple[str, str, str], undo: Undo) -> RunView:
-        pipeline_id, version_id, experiment_id = ids
+    def _ensure_run(self, wanted: Submission, after: RunView | None, pipeline: KfpPipeline, undo: Undo) -> RunView:
         body = {
             "display_name": wanted.name,
-            "experiment_id": experiment_id,
-            "pipeline_version_reference": {"pipeline_id": pipeline_id, "pipeline_version_id": version_id},
+            "experiment_id": pipeline.experiment_id,
+            "pipeline_version_reference": pipeline.reference,
             "runtime_config": {"parameters": wanted.arguments},
         }
         if self._connection.namespace and wanted.config.cluster.service_account:  # else Kubeflow's own runs the pods
@@ -188,16 +120,13 @@ class KfpRuns:
     def _named(self, name: str) -> Any:
         """The newest run of a name that nobody has archived."""
         answer = self._connection.client.runs.run_service_list_runs(
-            **self._in_namespace(),
-            filter=_equals("display_name", name),
+            **in_namespace(self._connection),
+            filter=equals("display_name", name),
             sort_by="created_at desc",
             page_size=_PAGE,
             _request_timeout=TIMEOUT_SECONDS,
         )
         return next((run for run in answer.runs or [] if run.storage_state != "ARCHIVED"), None)
-
-    def _in_namespace(self) -> dict[str, str]:
-        return {"namespace": self._connection.namespace} if self._connection.namespace else {}
 
 
 def run_link(ui: str, run_id: str) -> str:
@@ -206,11 +135,6 @@ def run_link(ui: str, run_id: str) -> str:
         return f"{ui}/#/runs/details/{run_id}"
     forward = "kubectl --namespace kubeflow port-forward service/ml-pipeline-ui 8080:80"
     return f"http://localhost:8080/#/runs/details/{run_id}, after: {forward}"
-
-
-def _equals(key: str, value: str) -> str:
-    """A filter as the API's v2beta1Filter."""
-    return json.dumps({"predicates": [{"operation": "EQUALS", "key": key, "string_value": value}]})
 
 
 def _view(run: Any) -> RunView:

@@ -10,7 +10,7 @@ import pytest
 from components.config import RunConfig
 from pipelines.argo import objects
 from pipelines.cli import main
-from pipelines.cluster import kfp_runs
+from pipelines.cluster import kfp_pipelines, kfp_schedules
 from pipelines.kfp_rendering import kubernetes_package
 from tests.tiny_run import tiny_toml
 from tuneloop.config import resolved_json
@@ -65,6 +65,6 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     """The command line in an empty home; each config is compiled once, which takes longer than everything else."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    for module in (kfp_runs, objects):
+    for module in (kfp_pipelines, kfp_schedules, objects):
         monkeypatch.setattr(module, "kubernetes_package", lambda config: _package(resolved_json(config)))
     return Command(tmp_path, capsys)
