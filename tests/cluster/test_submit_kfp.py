@@ -151,6 +151,12 @@ def test_what_was_there_before_a_failed_submit_stays(command: Command, kfp_serve
     assert counts(kfp_server) == ONE_OF_EACH
 
 
+def test_what_somebody_else_made_meanwhile_stays(command: Command, kfp_server: KfpServer):
+    kfp_server.faults += [Fault("POST", "/v2beta1/pipelines", 409, done=True), Fault("POST", "/runs", 400)]
+    assert command.submit().code == 2
+    assert counts(kfp_server) == {**NOTHING, "pipelines": 1}
+
+
 @pytest.mark.parametrize("operation", ["CreatePipeline", "UploadPipelineVersion", "CreateExperiment", "CreateRun"])
 def test_ctrl_c_on_the_way_leaves_nothing_behind(command: Command, kfp_server: KfpServer, monkeypatch, operation):
     carry_out = getattr(kfp_server, f"_{operation}")
