@@ -6,6 +6,7 @@ Secrets come from the environment and never from an option, which other people o
 """
 
 import contextlib
+import json
 import logging
 import os
 import warnings
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.api_calls import TIMEOUT_SECONDS, ApiServer
+from components.api_calls import TIMEOUT_SECONDS, ApiServer, Refused
 from tuneloop.errors import UserError
 
 TOKEN, TOKEN_FILE, COOKIES = "TUNELOOP_KFP_TOKEN", "TUNELOOP_KFP_TOKEN_FILE", "TUNELOOP_KFP_COOKIES"
@@ -68,14 +69,32 @@ class KfpConnection:
         self.server = ApiServer(f"Kubeflow Pipelines at {where}", _login_advice(), settings.patience_seconds)
         self.server.renew = self._connect
         self._connect()
-        health = self.server.call(
-            lambda: self.client.healthzs.healthz_service_get_healthz(_request_timeout=TIMEOUT_SECONDS)
-        )
-        self.namespace = settings.namespace if health.multi_user else None
-        if health.multi_user and not settings.namespace:
+        multi_user = bool(self._health().get("multi_user"))
+        self.namespace = settings.namespace if multi_user else None
+        if multi_user and not settings.namespace:
             raise UserError(f"{self.server.name}: has several users; name your namespace with --namespace")
         ui = settings.ui_host or os.environ.get("KF_PIPELINES_UI_ENDPOINT", "") or settings.endpoint
         self.ui = ui.rstrip("/") if "://" in ui or not ui else f"https://{ui.rstrip('/')}"
+
+    def _health(self) -> dict[str, Any]:
+        """What the server says of itself; a page for people, which kfp would take for an empty answer, is refused."""
+        elsewhere = f"{self.server.name}: is not its API; name the address below which /apis/v2beta1 is, or log in: "
+        try:
+            answer = self.server.call(
+                lambda: self.client.healthzs.healthz_service_get_healthz(
+                    _preload_content=False, _request_timeout=TIMEOUT_SECONDS
+                )
+            )
+            found = json.loads(answer.data)
+        except Refused as error:
+            if error.status == 404:
+                raise UserError(elsewhere + _login_advice()) from None
+            raise
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(elsewhere + _login_advice())
+        return found
 
     def _connect(self) -> None:
         self.client: Any = _kfp_client(self._settings)  # generated from the API, with return types that are no help

@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+from werkzeug.wrappers import Response
 
 from tests.cluster.command import RUNS, Command
 from tests.cluster.faulty_server import Fault
@@ -151,6 +152,12 @@ def test_what_was_there_before_a_failed_submit_stays(command: Command, kfp_serve
     assert counts(kfp_server) == ONE_OF_EACH
 
 
+def test_what_somebody_else_made_meanwhile_stays(command: Command, kfp_server: KfpServer):
+    kfp_server.faults += [Fault("POST", "/v2beta1/pipelines", 409, done=True), Fault("POST", "/runs", 400)]
+    assert command.submit().code == 2
+    assert counts(kfp_server) == {**NOTHING, "pipelines": 1}
+
+
 @pytest.mark.parametrize("operation", ["CreatePipeline", "UploadPipelineVersion", "CreateExperiment", "CreateRun"])
 def test_ctrl_c_on_the_way_leaves_nothing_behind(command: Command, kfp_server: KfpServer, monkeypatch, operation):
     carry_out = getattr(kfp_server, f"_{operation}")
@@ -210,6 +217,14 @@ def test_a_login_page_is_one_line(command: Command, kfp_server: KfpServer):
     answer = command.submit()
     assert (answer.code, answer.err.count("\n")) == (2, 1)
     assert "does not know you (302" in answer.err
+
+
+def test_a_page_for_people_is_one_line(command: Command, kfp_server: KfpServer, monkeypatch):
+    for page in (Response("<html>Sign in</html>", content_type="text/html"), Response("not here", status=404)):
+        monkeypatch.setattr(kfp_server, "answer", lambda asked, page=page: page)
+        answer = command.submit()
+        assert (answer.code, answer.err.count("\n")) == (2, 1)
+        assert "is not its API; name the address below which /apis/v2beta1 is" in answer.err
 
 
 def test_cookies_come_from_the_environment(command: Command, kfp_server: KfpServer, monkeypatch):
