@@ -1,4 +1,4 @@
-"""`schedule` on Kubeflow Pipelines and on Argo: the cluster has what is declared, however often and whatever happens."""
+"""`schedule` on Kubeflow Pipelines and on Argo: the cluster has what is declared, whatever happens on the way."""
 
 from pathlib import Path
 
