@@ -38,6 +38,7 @@ def _parser(with_registry: bool, with_plan: bool) -> CommandLine:
     _add_run(commands)
     cluster_cli.add_parsers(commands)
     schedule_cli.add_parser(commands)
+    cluster_cli.add_doctor(commands)
     report = commands.add_parser("report", help="write the report of a run again, or fetch it from a cluster")
     report.add_argument("run", metavar="RUN", help="folder, s3:// URI, or name under --output or on a cluster")
     report.add_argument("--output", default="runs", metavar="FOLDER", help="the folder of all runs (default: runs)")

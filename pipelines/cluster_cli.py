@@ -48,6 +48,28 @@ def add_parsers(commands: "argparse._SubParsersAction[CommandLine]") -> None:
     logs.set_defaults(command=_logs)
 
 
+def add_doctor(commands: "argparse._SubParsersAction[CommandLine]") -> None:
+    """Add the command that looks at a cluster before the first run."""
+    doctor = commands.add_parser("doctor", help="look at a cluster before the first run: what is missing, what to do")
+    doctor.add_argument("--config", required=True, metavar="FILE", help="TOML, or resolved JSON")
+    doctor.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
+    doctor.add_argument("--output", required=True, metavar="URI", help="s3://bucket/prefix, the folder of all runs")
+    add_connection(doctor, TARGETS)
+    doctor.set_defaults(command=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from pipelines.cluster.doctor import examine, require_healthy
+
+    config = _config_of(arguments)
+    settings = settings_of(arguments, config.cluster.namespace)
+    findings = []
+    for found in examine(config, arguments.output, arguments.target or "kfp", settings):
+        print(f"{found.state:<8} {found.what}: {found.text}", flush=True)
+        findings.append(found)
+    require_healthy(findings)
+
+
 def add_connection(parser: argparse.ArgumentParser, targets: tuple[str, ...]) -> None:
     """Add the options that name a server; tokens and cookies come from the environment alone."""
     group = parser.add_argument_group("the cluster", "tokens and cookies: environment variables of docs/submit.md")
@@ -107,11 +129,9 @@ def _connect(target: str | None, settings: Any) -> Any:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from components.config import load_run_config
     from pipelines.cluster import submit as submitting
 
-    overrides = (*arguments.set, *([f"cluster.namespace={arguments.namespace}"] if arguments.namespace else []))
-    config = load_run_config(arguments.config, overrides)
+    config = _config_of(arguments)
     if arguments.target == "vertex":
         if arguments.wait or arguments.watch or arguments.again:
             raise UserError("--target vertex: writes a package and starts nothing; drop --wait, --watch and --again")
@@ -130,6 +150,13 @@ def _submit(arguments: argparse.Namespace) -> int:
     from pipelines.cluster.watch import follow
 
     return follow(backend, run, look, show=arguments.watch)
+
+
+def _config_of(arguments: argparse.Namespace) -> Any:
+    from components.config import load_run_config
+
+    overrides = (*arguments.set, *([f"cluster.namespace={arguments.namespace}"] if arguments.namespace else []))
+    return load_run_config(arguments.config, overrides)
 
 
 def _same_cluster(arguments: argparse.Namespace, run: str) -> str:
