@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from components.config import RunConfig
@@ -31,7 +32,7 @@ def main(request: str) -> int:
         wanted = json.loads(request)
         config = parse_config(RunConfig, wanted["config"], origin="the request")
         if Nodes.from_environment().rank == 0:
-            execute(STEP, config, wanted["inputs"], wanted["output"])
+            execute(replace(STEP, maker=None), config, wanted["inputs"], wanted["output"])
         else:
             help_out(config, wanted["inputs"], wanted["output"])
 

@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.config import RunConfig
-from components.runner import Step, Summary
+from components.runner import Maker, Step, Summary
 from tuneloop.errors import UserError
 
 if TYPE_CHECKING:
     from components.lora_rl.training import Member
     from tuneloop.training.nodes import Nodes
     from tuneloop.training.rl import RlResult, RlTrainer
+
+
+def maker(config: RunConfig) -> Maker | None:
+    """What has the output made on other machines, when `lora_rl.distributed.launcher` says so."""
+    if config.lora_rl.distributed.launcher == "inline":
+        return None
+    from components.lora_rl.trainjob.launcher import launch
+
+    return launch
 
 
 def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
@@ -37,7 +46,7 @@ def _train_together(config: RunConfig, inputs: Mapping[str, Path], output: Path,
     refuse_missing_deepspeed()
     if config.lora_rl.rank_schedule.kind != "off":
         raise UserError("lora_rl.rank_schedule changes ranks in one process only, and there are to be "
-                        f"{count * nodes.count}: set distributed.processes = 1 on one node, without offloading")  # fmt: skip
+                        f"{count * nodes.count}: set distributed.processes = 1, without offloading")  # fmt: skip
     if not (inputs["warmup"] / "model").is_dir():
         resolve_model(config.model.uri)  # fetched once, for all
     with tempfile.TemporaryDirectory(prefix="tuneloop-") as folder:
@@ -109,5 +118,6 @@ STEP = Step(
     run,
     sections=("model", "task", "lora", "lora_rl"),
     resumable=True,
+    maker=maker,
     indifferent=("lora_rl.distributed", "lora_rl.gradient_checkpointing", "lora_rl.stop_grace_seconds"),
 )
