@@ -136,22 +136,22 @@ class TrainerApi(KubeApi):
             assert options["propagationPolicy"] == "Foreground"
             job["metadata"] |= {"deletionTimestamp": self._now(), "finalizers": ["foregroundDeletion"]}
             self.changed(job)
-            threading.Thread(target=self._leave, args=(job,), daemon=True).start()
+            leave = threading.Thread(target=self._leave, args=(job, self.objects, self.pods), daemon=True)
+            leave.start()
         return json_response(job)
 
-    def _leave(self, job: Object) -> None:
+    def _leave(self, job: Object, objects: dict[tuple[str, str], Object], pods: dict[str, Object]) -> None:
+        """The pods end, and the job is gone; of this test, whose objects they are."""
         time.sleep(self.leaving_seconds)
         name = job["metadata"]["name"]
-        pods = {pod: found for pod, found in self.pods.items() if pod.startswith(name)}
-        for found in pods.values():
-            found["status"]["phase"] = "Failed"
+        for pod in [pod for pod in pods if pod.startswith(name)]:
+            pods[pod]["status"]["phase"] = "Failed"
         time.sleep(self.leaving_seconds)
-        for pod, found in pods.items():
-            if self.pods.get(pod) is found:
-                del self.pods[pod]
-        if self.objects.get((JOBS, name)) is job:  # not the next test's
+        for pod in [pod for pod in pods if pod.startswith(name)]:
+            del pods[pod]
+        if self.objects is objects:
             self.changed(job, "DELETED")
-            del self.objects[JOBS, name]
+        del objects[JOBS, name]
 
     def _watch(self, request: Request) -> Response:
         self._check_query(request, "list")

@@ -106,8 +106,8 @@ def _start(settings: EngineSettings, options: "VllmOptions", log: Path, world: W
     release_gpu_memory()
     world.gather(None)  # what a neighbour is still loading, vLLM would count as its own
     if world.size > 1 and world.local_size % size:  # an engine's processes are on one machine
-        raise UserError(f"lora_rl.engine.tensor_parallel_size = {size} does not divide the {world.local_size} processes of "
-                        "a machine: change it or lora_rl.distributed.processes")  # fmt: skip
+        raise UserError(f"lora_rl.engine.tensor_parallel_size = {size} does not divide the {world.local_size} "
+                        "processes of a machine: change it or lora_rl.distributed.processes")  # fmt: skip
     if world.size > 1 and world.rank % size:
         return LedEngine(None, world, size)
     if settings.use_shm:

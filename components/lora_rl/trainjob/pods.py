@@ -51,7 +51,7 @@ class Pods:
         self.running, self.waiting = False, ""
         self.endings: dict[str, Ending] = {}  # by the pod's uid
         self._logs: dict[str, threading.Thread] = {}
-        self._leaving = threading.Event()
+        self._leaving, self._closed = threading.Event(), False
         self._printing = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="pods", daemon=True)
 
@@ -73,6 +73,7 @@ class Pods:
         self._thread.join(seconds)  # it may start to follow logs until its end
         for thread in list(self._logs.values()):
             thread.join(max(0.0, deadline - time.monotonic()))
+        self._closed = True
 
     def last_endings(self) -> list[Ending]:
         """How each node's last container ended, the first to end first."""
@@ -112,7 +113,7 @@ class Pods:
             self._api.server, lambda: self._api.core, self._api.namespace, pod.metadata.name, NODE,
             lambda line: self._print(node, line),
         )  # fmt: skip
-        while True:
+        while not self._closed:
             gone = self._has_ended(pod)  # before the log is read: what it writes last is read too
             if (self._patiently(log.read) and gone) or (self._leaving.is_set() and gone):
                 return
@@ -123,6 +124,8 @@ class Pods:
 
     def _print(self, node: str, line: str) -> None:
         with self._printing:
+            if self._closed:
+                return
             print(f"node {node} | {line}", flush=True)
 
     def _patiently(self, action: Any) -> Any:
