@@ -13,11 +13,15 @@ from tuneloop.errors import EXIT_OK, TryAgain, TuneloopError
 from tuneloop.training.stopping import REPEAT_SECONDS
 
 
+class Stopped(TryAgain):
+    """SIGINT or SIGTERM asked to stop."""
+
+
 def exit_code_of(action: Callable[[], object], on_failure: Callable[[int, str], None] = lambda *_: None) -> int:
     """Run `action` and turn its outcome into the shared exit codes; our own errors print one line.
 
     Args:
-        action: what to run; SIGINT and SIGTERM raise `TryAgain` in it.
+        action: what to run; SIGINT and SIGTERM raise `Stopped` in it.
         on_failure: called with the exit code and one line that says why.
     """
     try:
@@ -36,7 +40,7 @@ def exit_code_of(action: Callable[[], object], on_failure: Callable[[int, str], 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `TryAgain` inside; a repeat within `REPEAT_SECONDS` is the same request."""
+    """SIGINT and SIGTERM raise `Stopped` inside; a repeat within `REPEAT_SECONDS` is the same request."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread receives signals
         return
@@ -47,7 +51,7 @@ def stop_on_signals() -> Iterator[None]:
         if time.monotonic() - asked_at < REPEAT_SECONDS:
             return
         asked_at = time.monotonic()
-        raise TryAgain(f"stopped by {signal.Signals(signum).name}; the same command continues where it can")
+        raise Stopped(f"stopped by {signal.Signals(signum).name}; the same command continues where it can")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 
 from tuneloop.errors import TuneloopError
-from tuneloop.storage import NotFound, delete_file, join_uri, read_file, write_file
+from tuneloop.storage import NotFound, delete_file, join_uri, open_storage, write_file
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,16 @@ def forget_failure(run_uri: str, step: str) -> None:
 
 def failures(run_uri: str, steps: tuple[str, ...]) -> list[StepFailure]:
     """Those of `steps` that failed, in their order."""
-    found = []
+    found, storage = [], open_storage(run_uri)
     for step in steps:
         with contextlib.suppress(NotFound):
-            found.append(StepFailure(**json.loads(read_file(_uri(run_uri, step)))))
+            found.append(StepFailure(**json.loads(storage.read_bytes(_file(step)))))
     return found
 
 
 def _uri(run_uri: str, step: str) -> str:
-    return join_uri(run_uri, f"{step}.failed.json")
+    return join_uri(run_uri, _file(step))
+
+
+def _file(step: str) -> str:
+    return f"{step}.failed.json"

@@ -1,4 +1,4 @@
-"""The command line: `python -m pipelines run | report | compile | config | plan | registry`.
+"""The command line: `python -m pipelines run | submit | status | logs | report | compile | config | plan | registry`.
 
 Imports of torch and kfp stay inside the commands that need them, so that help and validation are quick.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from components.command_line import CommandLine
+from pipelines import cluster_cli, schedule_cli
 from pipelines.steps import STEP_NAMES
 from tuneloop.errors import TryAgain, TuneloopError, UserError
 from tuneloop.storage import is_remote
@@ -35,9 +36,14 @@ def _parser(with_registry: bool, with_plan: bool) -> CommandLine:
     parser = CommandLine(prog="python -m pipelines", description="Train a LoRA adapter, prove it better, promote it.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
-    report = commands.add_parser("report", help="write the report of a run again")
-    report.add_argument("run", metavar="RUN", help="a run folder or s3:// URI, or its name under --output")
+    cluster_cli.add_parsers(commands)
+    schedule_cli.add_parser(commands)
+    cluster_cli.add_doctor(commands)
+    report = commands.add_parser("report", help="write the report of a run again, or fetch it from a cluster")
+    report.add_argument("run", metavar="RUN", help="folder, s3:// URI, or name under --output or on a cluster")
     report.add_argument("--output", default="runs", metavar="FOLDER", help="the folder of all runs (default: runs)")
+    report.add_argument("--to", type=Path, metavar="FILE", help="from a cluster: the copy (default: RUN.html)")
+    cluster_cli.add_connection(report, cluster_cli.TARGETS)
     report.set_defaults(command=_report)
     _add_compile(commands)
     config = commands.add_parser("config", help="print a config with every default filled in")
@@ -180,10 +186,14 @@ def _run_pipeline(config, run: str) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from pipelines.runs import find_run
+    from pipelines.runs import find_run, is_run
     from pipelines.summary import report_line
     from tuneloop.report import report_of
 
+    here = is_remote(arguments.run) or is_run(arguments.run, arguments.output)
+    if cluster_cli.names_a_cluster(arguments, here):
+        cluster_cli.report(arguments)
+        return
     run = arguments.run if is_remote(arguments.run) else str(find_run(arguments.run, arguments.output))
     with report_of(run):
         print(report_line(run))

@@ -77,12 +77,21 @@ def find_run(run: str, output: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    for folder in (local_path(run), local_path(output) / run):
-        if (folder / "config.json").is_file():
-            return folder
+    if found := _found(run, output):
+        return found
     known = sorted(path.parent.name for path in local_path(output).glob("*/config.json"))
     hint = f"runs in {output}: {', '.join(known[-3:])}" if known else f"{output} holds no runs"
     raise UserError(f"{run}: no such run; {hint}")
+
+
+def is_run(run: str, output: str) -> bool:
+    """Whether `find_run` finds it."""
+    return _found(run, output) is not None
+
+
+def _found(run: str, output: str) -> Path | None:
+    folders = (local_path(run), local_path(output) / run)
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from components.auto import announce, chosen, warnings
@@ -22,8 +23,10 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     check_consistency(config)
     unverified = check_sources(config.data_prep.sources, config.task)
     check_rewards(config)
-    if config.evaluate.harness:
+    if config.evaluate.harness and find_spec("torch"):
         task_manager(config.evaluate.harness)
+    elif config.evaluate.harness:  # as in an image without torch: evaluate runs in another one
+        unverified = [*unverified, "evaluate.harness: its tasks are looked up where evaluate runs"]
     model = check_model(config)
     plan = make_plan(config, model)
     hardware, unsure = check_hardware(config, model.folder)

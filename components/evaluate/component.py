@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 from kfp import dsl
 
-from components.images import BASE_IMAGE
+from components.images import TRAIN_IMAGE
 
 
-@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False, packages_to_install=[])
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False, packages_to_install=[])
 def evaluate(
     config: str, output_uri: str, data: str, warmup: str, training: str, due: str, metrics: dsl.Output[dsl.Metrics]
 ) -> NamedTuple("Outputs", [("uri", str), ("Output", bool)]):  # type: ignore[valid-type]

@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components.images import BASE_IMAGE
+from components.images import TRAIN_IMAGE
 
 
-@dsl.component(base_image=BASE_IMAGE, install_kfp_package=False, packages_to_install=[])
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False, packages_to_install=[])
 def merge_adapter(
     config: str, output_uri: str, training: str, data: str, warmup: str, due: str, metrics: dsl.Output[dsl.Metrics]
 ) -> str:

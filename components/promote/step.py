@@ -50,7 +50,7 @@ def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
 
 def _record(config: RunConfig, inputs: Mapping[str, Path], evaluation: dict[str, Any]) -> dict[str, Any]:
     """What version.json says beside the version itself; see docs/formats.md."""
-    from tuneloop.models.adapter_io import load_adapter
+    from tuneloop.models.adapter_files import file_digest
 
     rl_file, merge_file = inputs["training"] / "rl.json", inputs["merge"] / "merge.json"
     card_file, evaluation_file = inputs["data"] / "data_card.json", inputs["evaluation"] / "evaluation.json"
@@ -58,7 +58,7 @@ def _record(config: RunConfig, inputs: Mapping[str, Path], evaluation: dict[str,
     card = _read(card_file, "data_prep")
     models = _field(evaluation, "models", dict, evaluation_file, "evaluate")
     incumbent = _field(evaluation, "incumbent", dict | None, evaluation_file, "evaluate")
-    digest = load_adapter(inputs["training"] / "adapter").digest()
+    digest = file_digest(inputs["training"] / "adapter")
     about = ((rl_file, rl, "lora_rl"), (merge_file, merge, "merge_adapter"), (evaluation_file, evaluation, "evaluate"))
     for file, values, step in about:
         if _field(values, "adapter_digest", str, file, step) != digest:

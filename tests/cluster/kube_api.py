@@ -26,6 +26,7 @@ _KUBERNETES = "1.34"
 _IN_NAMESPACE = r"namespaces/(?P<namespace>[^/]+)"
 _CUSTOM = re.compile(rf"/apis/(?P<group>[^/]+)/(?P<version>[^/]+)/{_IN_NAMESPACE}/(?P<plural>[^/]+)(/(?P<name>[^/]+))?")
 _PODS = re.compile(rf"/api/v1/{_IN_NAMESPACE}/pods(/(?P<name>[^/]+))?(?P<log>/log)?")
+_CORE = re.compile(rf"/api/v1/(namespaces/[^/]+|nodes|{_IN_NAMESPACE}/(serviceaccounts|secrets)/[^/]+)")
 _QUERIES = {
     "list": {"labelSelector", "limit", "continue", "fieldSelector"},
     "log": {"container", "follow", "timestamps", "sinceSeconds"},
@@ -39,6 +40,8 @@ class KubeApi(FaultyServer):
         objects: (plural, name) -> a custom object.
         pods: name -> a pod.
         logs: pod's name -> its lines so far, each behind its time.
+        things: path -> what is there, beside custom objects and pods.
+        denied: (verb, resource) that the user may not.
         cut_logs: how many more answers of a log break in the middle of a line.
     """
 
@@ -49,6 +52,8 @@ class KubeApi(FaultyServer):
         self.logs: dict[str, list[str]] = {}
         self.cut_logs = 0
         self._version = 0
+        self.things: dict[str, Object] = {}
+        self.denied: set[tuple[str, str]] = set()
 
     def add_pod(self, name: str, labels: dict[str, str], phase: str = "Running", lines: tuple[str, ...] = ()) -> None:
         """A pod, and what it has written."""
@@ -76,8 +81,21 @@ class KubeApi(FaultyServer):
             return self._custom(request, **match.groupdict())
         if match := _PODS.fullmatch(request.path):
             return self._pod(request, match["name"], bool(match["log"]))
+        if request.path == "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews" and request.method == "POST":
+            return self._review(request.get_json())
+        if request.method == "GET" and (request.path in self.things or _CORE.fullmatch(request.path)):
+            found = self.things.get(request.path)
+            return json_response(found) if found else self.error(404, f"{request.path} not found")
         self.violations.append(f"{request.method} {request.path}: no such path")
         return self.error(404, "the server could not find the requested resource")
+
+    def _review(self, review: Object) -> Response:
+        self.violations += [
+            f"review: {text}" for text in schemas.problems({"metadata": {"name": "review"}, **review}, _KUBERNETES)
+        ]
+        asked = review["spec"]["resourceAttributes"]
+        allowed = (asked["verb"], asked["resource"]) not in self.denied
+        return json_response({**review, "metadata": {}, "status": {"allowed": allowed}}, 201)
 
     def _custom(self, request: Request, plural: str, name: str | None, namespace: str, **kind: str) -> Response:
         if name is None and request.method == "POST":

@@ -21,7 +21,13 @@ def pipelines(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["config", "--config", "configs/demo.toml"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"], ["run", "--help"], ["submit", "--help"], ["config", "--config", "configs/demo.toml"],
+        ["submit", "--config", "configs/demo.toml", "--output", "runs"],
+    ],
+)  # fmt: skip
 def test_help_and_validation_import_neither_torch_nor_kfp(arguments):
     code = (
         "import sys\nfrom pipelines.cli import main\n"

@@ -2,22 +2,15 @@
 
 import hashlib
 import json
-import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tuneloop.errors import UserError
-from tuneloop.models.targets import match_pattern
-
-PEFT_PREFIX = "base_model.model."
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
+from tuneloop.models import adapter_files
+from tuneloop.models.adapter_files import CONFIG_NAME, PEFT_PREFIX, WEIGHTS_NAME, adapter_errors
 
 
 @dataclass(frozen=True)
@@ -34,9 +27,7 @@ class Adapter:
 
     def scaling(self, module: str) -> float:
         """alpha / rank, or alpha / sqrt(rank) with rsLoRA, of one module (patterns honoured)."""
-        alpha = match_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
-        rank = self.factors[module][0].shape[0]
-        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+        return adapter_files.scaling(self.config, module, self.factors[module][0].shape[0])
 
     def digest(self) -> str:
         """sha256 (hex) over the factors and over every setting that changes what the adapter computes."""
@@ -71,26 +62,8 @@ def load_adapter(folder: Path) -> Adapter:
     Raises:
         UserError: not an adapter folder, not LoRA, damaged, or with tensors that are not LoRA factors.
     """
-    try:
+    with adapter_errors(folder):
         config = json.loads((folder / CONFIG_NAME).read_text())
         tensors = load_file(folder / WEIGHTS_NAME)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: not an adapter folder ({Path(error.filename).name} is missing)") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise UserError(f"{folder}: the adapter is damaged ({error}); restore it or train again") from None
-    if not isinstance(config, dict) or not isinstance(config.get("lora_alpha"), int | float):
-        raise UserError(
-            f"{folder}: the adapter is damaged ({CONFIG_NAME} has no lora_alpha); restore it or train again"
-        )
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder}: a {config.get('peft_type')} adapter; only LoRA is supported")
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        found = re.fullmatch(rf"(?:{re.escape(PEFT_PREFIX)})?(.+)\.lora_([AB])(?:\.default)?\.weight", key)
-        if not found:
-            raise UserError(f"{folder}: tensor {key!r} is not a LoRA factor of a linear layer")
-        pairs.setdefault(found[1], {})[found[2]] = tensor
-    incomplete = [module for module, pair in pairs.items() if len(pair) != 2]
-    if incomplete or not pairs:
-        raise UserError(f"{folder}: {incomplete[0] if incomplete else 'the adapter'} lacks its A or B factor")
-    return Adapter({module: (pair["A"], pair["B"]) for module, pair in sorted(pairs.items())}, config)
+    adapter_files.check_config(config, folder)
+    return Adapter(adapter_files.pair_factors(tensors, folder), config)

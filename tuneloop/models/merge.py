@@ -24,7 +24,8 @@ import torch
 
 from tuneloop.errors import UserError
 from tuneloop.files import fsync
-from tuneloop.models.adapter_io import CONFIG_NAME, Adapter, load_adapter, match_pattern
+from tuneloop.models.adapter_files import CONFIG_NAME
+from tuneloop.models.adapter_io import Adapter, load_adapter
 from tuneloop.models.model_card import ModelCard
 from tuneloop.models.rounding import PERIOD, round_unbiased
 from tuneloop.models.safetensors_shards import (
@@ -40,6 +41,7 @@ from tuneloop.models.safetensors_shards import (
     write_index,
 )
 from tuneloop.models.sources import INDEX, check_model_folder
+from tuneloop.models.targets import match_pattern
 from tuneloop.progress import Progress
 
 MergeDtype = Literal["base", "bfloat16", "float16", "float32"]

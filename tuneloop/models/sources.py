@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -149,6 +150,7 @@ def _from_s3(uri: str, cache_dir: Path) -> Path:
 def _from_bundled(uri: str, cache_dir: Path) -> Path:
     from tuneloop.models.bundled import bundled_model
 
+    _require_torch(uri)
     return bundled_model(uri.removeprefix("bundled://"), cache_dir)
 
 
@@ -158,7 +160,14 @@ def _from_tiny(uri: str, cache_dir: Path) -> Path:
     parts = urlsplit(uri)
     settings = TinySettings.parse(parts.netloc + parts.path.rstrip("/"), parts.query)
     folder = cache_dir / "tiny" / f"{settings.family}-{settings.digest()[:16]}"
+    _require_torch(uri)
     return cached_folder(folder, lambda partial: make_tiny_model(settings, partial))
+
+
+def _require_torch(uri: str) -> None:
+    if find_spec("torch") is None:  # as in the image of the steps that hold no model
+        raise UserError(f"{uri}: is made by torch, which is not installed here; store the model's folder in a bucket "
+                        "and name it as s3://bucket/prefix")  # fmt: skip
 
 
 _SCHEMES: dict[str, Callable[[str, Path], Path]] = {

@@ -1,0 +1,199 @@
+"""`doctor` before the first run: every line that can fail, and what it says to do."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from werkzeug.serving import make_server
+from werkzeug.wrappers import Request, Response
+
+from pipelines.cluster.doctor_places import look_at_image, split_image
+from pipelines.cluster.not_checked import NotChecked
+from tests.cluster.command import ON_A_CLUSTER, RUNS, Answer, Command
+from tests.cluster.faulty_server import Fault
+from tests.cluster.kube_api import KubeApi
+from tests.s3_server import s3_server  # noqa: F401 - a fixture
+from tuneloop.errors import UserError
+
+GROUPS = {"argoproj.io": "v1alpha1", "kueue.x-k8s.io": "v1beta2", "trainer.kubeflow.org": "v1alpha1"}
+
+
+class Registry:
+    """A double of an image registry: HEAD of manifests behind an anonymous token, as the OCI specification has it."""
+
+    def __init__(self) -> None:
+        self.images = {"tuneloop/base:1", "tuneloop/train:1"}
+        self.private = False
+        self._server = make_server("127.0.0.1", 0, self._handle, threaded=True)
+        self.host = f"127.0.0.1:{self._server.port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+
+    def _handle(self, environ, start_response):
+        return self._answer(Request(environ))(environ, start_response)
+
+    def _answer(self, request: Request) -> Response:
+        if request.path == "/token":
+            return Response('{"token": "anybody"}', status=403 if self.private else 200)
+        if request.headers.get("Authorization") != "Bearer anybody":
+            realm = f'Bearer realm="http://{self.host}/token",service="here",scope="repository:x:pull"'
+            return Response(status=401, headers={"WWW-Authenticate": realm})
+        name = request.path.removeprefix("/v2/").replace("/manifests/", ":")
+        return Response(status=200 if name in self.images else 404, headers={"Docker-Content-Digest": "sha256:abc"})
+
+
+@pytest.fixture
+def registry() -> Iterator[Registry]:
+    found = Registry()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def cluster(kube_api: KubeApi, s3_server) -> KubeApi:  # noqa: F811
+    """A cluster that has everything."""
+    groups = [{"name": name, "versions": [{"groupVersion": f"{name}/{version}", "version": version}]}
+              for name, version in GROUPS.items()]  # fmt: skip
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    node = {"metadata": {"name": "n1", "labels": {"gpu": "h100"}},
+            "status": {"allocatable": {"cpu": "64", "nvidia.com/gpu": "8"}}}  # fmt: skip
+    kube_api.things = {
+        "/version/": {"major": "1", "minor": "34+", "gitVersion": "v1.34.1", "gitCommit": "", "gitTreeState": "",
+                     "buildDate": "", "goVersion": "", "compiler": "", "platform": ""},
+        "/apis/": {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups},
+        "/api/v1/namespaces/tuneloop": {"metadata": {"name": "tuneloop", "labels": labels}},
+        "/api/v1/namespaces/tuneloop/serviceaccounts/tuneloop-step": {"metadata": {"name": "tuneloop-step"}},
+        "/api/v1/namespaces/tuneloop/secrets/store": {"metadata": {"name": "store"}, "data": {"KEY_ID": "eA=="}},
+        "/api/v1/nodes": {"kind": "NodeList", "apiVersion": "v1", "metadata": {}, "items": [node]},
+    }  # fmt: skip
+    queue = {"metadata": {"name": "gpus"}, "spec": {"clusterQueue": "tuneloop"},
+             "status": {"conditions": [{"type": "Active", "status": "True"}]}}  # fmt: skip
+    kube_api.objects["localqueues", "gpus"] = queue
+    return kube_api
+
+
+@pytest.fixture
+def doctor(command: Command, registry: Registry):
+    def call(*more: str) -> Answer:
+        images = [f"cluster.{kind}_image={registry.host}/tuneloop/{kind}:1" for kind in ("base", "train")]
+        sets = [*images, "cluster.queue=gpus", "cluster.steps.lora_rl.gpus=8",
+                'cluster.secrets=[{secret="store", key="KEY_ID", env="AWS_ACCESS_KEY_ID"}]', *more]  # fmt: skip
+        given = [part for one in sets for part in ("--set", one)]
+        return command("doctor", "--config", str(command.toml), *ON_A_CLUSTER, *given, "--output", RUNS,
+                       "--target", "argo", "--patience", "0")  # fmt: skip
+
+    return call
+
+
+def test_cluster_that_has_everything(doctor, cluster):
+    answer = doctor()
+    assert (answer.code, answer.err) == (0, "")
+    assert {line.split()[0] for line in answer.out.splitlines()} == {"ok"}
+    for part in ("object store", "v1.34.1", "profile restricted", "argoproj.io/v1alpha1", "argoproj.io: granted",
+                 "8 on 1 nodes", "of the cluster queue tuneloop", "sha256:abc", "has KEY_ID"):  # fmt: skip
+        assert part in answer.out, part
+
+
+def test_nothing_is_left_in_the_store(doctor, cluster, s3_server):  # noqa: F811
+    doctor()
+    assert s3_server.client().list_objects_v2(Bucket="models").get("KeyCount") == 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (lambda api: api.things.pop("/api/v1/namespaces/tuneloop"), "namespace tuneloop: is not there: apply"),
+        (lambda api: api.things["/apis/"]["groups"].pop(0), "the cluster has no argoproj.io: install Argo Workflows 4"),
+        (lambda api: api.things["/apis/"]["groups"][1]["versions"][0].update(version="v1beta1"), "and not v1beta2"),
+        (lambda api: api.denied.add(("create", "workflows")), "permission create workflows.argoproj.io: you may not"),
+        (lambda api: api.things.pop("/api/v1/namespaces/tuneloop/serviceaccounts/tuneloop-step"), "service_account"),
+        (lambda api: api.things.pop("/api/v1/namespaces/tuneloop/secrets/store"), "secret store: is not there"),
+        (lambda api: api.things["/api/v1/namespaces/tuneloop/secrets/store"].update(data={}), "has no key KEY_ID"),
+        (lambda api: api.things["/api/v1/nodes"]["items"][0]["status"]["allocatable"].update({"nvidia.com/gpu": "4"}),
+         "the largest of 1 nodes has 4 of nvidia.com/gpu: ask for fewer GPUs"),
+        (lambda api: api.objects.pop(("localqueues", "gpus")), "queue gpus: is not there: apply"),
+        (lambda api: api.objects["localqueues", "gpus"]["status"]["conditions"][0].update(status="False", message="no"),
+         "takes no work: no"),
+        (lambda api: api.things["/version/"].update(minor="28"), "1.33 or newer is needed"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named_with_what_to_do(doctor, cluster, broken, said):
+    broken(cluster)
+    answer = doctor()
+    assert answer.code == 2
+    [line] = [line for line in answer.out.splitlines() if line.startswith("FAILED")]
+    assert said in line
+    assert "1 of" in answer.err
+
+
+def test_resource_of_another_name_is_told(doctor, cluster):
+    cluster.things["/api/v1/nodes"]["items"][0]["status"]["allocatable"] = {"amd.com/gpu": "8"}
+    assert "extended resources there: amd.com/gpu" in doctor().out
+
+
+def test_node_that_no_selector_finds(doctor, cluster):
+    assert "no node has the labels gpu=a100" in doctor('cluster.gpu_node_selector={gpu="a100"}').out
+
+
+def test_what_one_may_not_look_at_is_no_failure(doctor, cluster):
+    cluster.faults += [Fault(path="/secrets/", status=403), Fault(path="/nodes", status=403)]
+    answer = doctor()
+    assert answer.code == 0
+    unknown = [line for line in answer.out.splitlines() if line.startswith("unknown")]
+    assert len(unknown) == 2
+    assert "you may not list nodes, which a run does not need" in answer.out
+
+
+def test_cluster_that_is_away_leaves_the_other_lines(doctor, cluster):
+    cluster.faults.append(Fault(times=1000))
+    answer = doctor()
+    assert answer.code == 2
+    assert "ok       object store" in answer.out
+    assert "FAILED   Kubernetes" in answer.out
+    assert "cannot be reached" in answer.out
+
+
+def test_store_that_ignores_conditions_is_refused(doctor, cluster, s3_server):  # noqa: F811
+    s3_server.ignore_conditions = True
+    assert "ignores If-None-Match on PUT" in doctor().out
+
+
+def test_bucket_that_is_not_there(command, cluster, registry):
+    answer = command("doctor", "--config", str(command.toml), "--output", "s3://nowhere/runs", "--target", "argo",
+                     "--set", "promote.registry=s3://models/registry")  # fmt: skip
+    assert "FAILED   object store: s3://nowhere/runs" in answer.out
+
+
+# Images
+
+
+@pytest.mark.parametrize(
+    ("image", "parts"),
+    [
+        ("ghcr.io/a/b:1", ("ghcr.io", "a/b", "1")),
+        ("localhost:5000/b:1", ("localhost:5000", "b", "1")),
+        ("tuneloop/base:1", ("registry-1.docker.io", "tuneloop/base", "1")),
+        ("python:3.11", ("registry-1.docker.io", "library/python", "3.11")),
+        ("ghcr.io/a/b@sha256:00", ("ghcr.io", "a/b", "sha256:00")),
+    ],
+)
+def test_reference_is_read_as_runtimes_do(image, parts):
+    assert split_image(image) == parts
+
+
+def test_image_that_is_not_there(registry):
+    with pytest.raises(UserError, match="has no such image: push it"):
+        look_at_image(f"{registry.host}/tuneloop/none:1", ())
+
+
+def test_image_that_wants_credentials(registry):
+    registry.private = True
+    with pytest.raises(NotChecked, match="which the cluster has in pull"):
+        look_at_image(f"{registry.host}/tuneloop/base:1", ("pull",))
+
+
+def test_registry_that_is_away():
+    with pytest.raises(NotChecked, match="cannot be reached from here"):
+        look_at_image("127.0.0.1:9/tuneloop/base:1", ())
