@@ -5,7 +5,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,16 @@ import pytest
 from components import api_calls
 from components.config import RunConfig
 from components.exit_codes import exit_code_of
+from components.lora_rl.joint import require_one_base
 from components.lora_rl.trainjob import api, launcher, pods
 from components.lora_rl.trainjob.launcher import launch
 from components.lora_rl.trainjob.manifest import REQUEST, job_name, train_job
+from pipelines.placement import QUEUE_LABEL, place
 from tests.cluster.faulty_server import Fault
 from tests.cluster.kube_api import write_kubeconfig
 from tests.cluster.trainer_api import TrainerApi, trainer_api
 from tests.tiny_run import tiny_config
+from tuneloop.errors import UserError
 
 __all__ = ["trainer_api"]
 
@@ -105,8 +108,8 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(trainer_api: TrainerApi) -> Iterator[Cluster]:  # noqa: F811
-    yield Cluster(trainer_api)
+def cluster(trainer_api: TrainerApi) -> Cluster:
+    return Cluster(trainer_api)
 
 
 def test_a_job_is_created_queued_followed_and_removed(cluster: Cluster, capfd: pytest.CaptureFixture[str]):
@@ -133,8 +136,8 @@ def test_the_job_says_what_to_run_and_where(cluster: Cluster):
     settings = (
         'cluster.train_image="registry/train:1.2"', 'cluster.env={AWS_ENDPOINT_URL="http://minio:9000"}',
         'cluster.secrets=[{secret="s3", key="AWS_SECRET_ACCESS_KEY"}, {secret="hub", key="T", steps=["check"]}]',
-        'cluster.gpu_node_selector={pool="a100"}', 'cluster.image_pull_secrets=["pull"]', 'task.system_prompt="$(HOME)$$"',
-        'cluster.queue_priority="high"', 'name="0_very.long-name-that-goes-on-and-on"',
+        'cluster.gpu_node_selector={pool="a100"}', 'cluster.image_pull_secrets=["pull"]',
+        'task.system_prompt="$(HOME)$$"', 'cluster.queue_priority="high"', 'name="0_very.long-name-that-goes-on"',
     )  # fmt: skip
     assert cluster.launch(cluster.whole, *settings) == 0
     [job] = cluster.server.posted
@@ -424,3 +427,32 @@ def test_what_is_on_a_local_disk_and_a_missing_cluster_are_refused(monkeypatch: 
     assert (refused, missing) == (2, 2)
     assert "--output runs/x" in messages[0]
     assert "needs a Kubernetes cluster" in messages[1]
+
+
+def test_the_step_that_launches_has_no_gpu_and_is_not_queued_itself():
+    planned = ('check.gpu="a100-80gb"', "check.gpus=8")
+    launching = place(tiny_config(*SETTINGS, *planned), "lora_rl", "image:1")
+    assert (launching.gpus, launching.shm, launching.memory) == (0, "", "1Gi")
+    assert QUEUE_LABEL not in launching.labels
+    training = place(tiny_config(*planned), "lora_rl", "image:1")
+    assert (training.gpus, training.memory) == (8, "64Gi")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("lora_rl.distributed.processes=2",), "trainjob.gpus = 4, one for each process"),
+        (('lora_rl.rank_schedule.kind="spectrum"',), "in one process only"),
+        (('lora_rl.engine.kind="vllm"', "lora_rl.engine.tensor_parallel_size=3"), "does not divide the 4 processes"),
+        (('check.gpu="a100-80gb"', "check.gpus=4"), "the TrainJob has 8"),
+        (("lora_rl.distributed.trainjob.nodes=0",), "nodes"),
+    ],
+)
+def test_what_nodes_cannot_do_is_refused_before_anything_runs(settings: tuple[str, ...], said: str):
+    with pytest.raises(UserError, match=said):
+        tiny_config(*SETTINGS, *settings)
+
+
+def test_runs_that_share_a_process_launch_nothing():
+    with pytest.raises(UserError, match="several processes"):
+        require_one_base([tiny_config(*SETTINGS)])

@@ -44,8 +44,8 @@ def node(server: TrainerApi, cache: Path, ended: list[subprocess.CompletedProces
 
 
 def test_the_job_makes_the_output_of_the_step(
-    s3_server: S3Server,  # noqa: F811
-    trainer_api: TrainerApi,  # noqa: F811
+    s3_server: S3Server,
+    trainer_api: TrainerApi,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ):

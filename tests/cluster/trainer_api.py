@@ -1,7 +1,7 @@
 """A double of Kubernetes' API with what Kubeflow Trainer, JobSet and Kueue do to a TrainJob, as tests tell it to.
 
-TrainJobs are compared with their CustomResourceDefinition, unknown fields refused. Watches, foreground deletion with its
-preconditions, and states of containers are those of Kubernetes' API.
+TrainJobs are compared with their CustomResourceDefinition, unknown fields refused. Watches, foreground deletion with
+its preconditions, and states of containers are those of Kubernetes' API.
 """
 
 import functools
