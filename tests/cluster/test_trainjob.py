@@ -277,7 +277,7 @@ def test_watches_that_break_or_are_too_old_miss_nothing(cluster: Cluster):
             cluster.server.set_condition("Suspended", "False", "Resumed")
             time.sleep(0.05)
         cluster.server.oldest = int(cluster.server.job()["metadata"]["resourceVersion"]) + 1
-        cluster.server.set_condition("Suspended", "False", "Resumed", "again")
+        cluster.server.wait_for(lambda: cluster.server.too_old >= 2)
         cluster.complete(started)
 
     assert cluster.launch(story) == 0
@@ -336,6 +336,32 @@ def test_queued_for_too_long_gives_the_place_in_the_queue_back(cluster: Cluster)
     assert cluster.launch(story, "lora_rl.distributed.trainjob.queue_timeout_seconds=1") == 75
     assert "in queue 'tuneloop' for 1 s (Suspended: no quota left)" in cluster.message
     assert cluster.left == []
+
+
+def test_waiting_again_has_its_own_time(cluster: Cluster):
+    """Running for longer than the limit, and then waiting for nodes that were lost."""
+
+    def story() -> None:
+        started = cluster.run()
+        time.sleep(0.2)
+        cluster.server.set_condition("Suspended", "False", "Resumed", "runs")
+        time.sleep(2.2)
+        for pod in started:
+            cluster.server.lose_node(pod)
+        time.sleep(0.2)
+        cluster.server.set_condition("Suspended", "False", "Resumed", "waits")
+        time.sleep(0.2)
+        cluster.complete([cluster.server.start_node(node, attempt=1) for node in range(2)])
+
+    assert cluster.launch(story, "lora_rl.distributed.trainjob.queue_timeout_seconds=2") == 0
+
+
+def test_a_job_that_took_the_name_is_not_removed(cluster: Cluster):
+    first = train_job(tiny_config(*SETTINGS), INPUTS, OUTPUT, "fingerprint")
+    cluster.server._create("trainjobs", "tuneloop", first)
+    earlier = {"metadata": {**first["metadata"], "uid": "uid-of-an-earlier-one"}}
+    api.TrainJobApi("tuneloop", 5).delete(earlier)
+    assert cluster.left == [first]
 
 
 def test_pods_that_do_not_start_are_waited_for_as_long(cluster: Cluster):

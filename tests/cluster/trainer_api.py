@@ -33,6 +33,7 @@ class TrainerApi(KubeApi):
     Attributes:
         changes: (resourceVersion, type, object), what watches see.
         oldest: the first resourceVersion that a watch may begin after; before it, 410 Gone.
+        too_old: how many watches were told so, by turns as an answer and as an event.
         cut_watches: how many more watches break before their first event.
         watched_from: the resourceVersion of every watch.
         leaving_seconds: how long the pods of a deleted job take to end.
@@ -42,7 +43,7 @@ class TrainerApi(KubeApi):
     def reset(self) -> None:
         super().reset()
         self.changes: list[tuple[int, str, Object]] = []
-        self.oldest = self.cut_watches = 0
+        self.oldest = self.cut_watches = self.too_old = 0
         self.watched_from: list[str] = []
         self.leaving_seconds = 0.05
         self.posted: list[Object] = []
@@ -158,6 +159,9 @@ class TrainerApi(KubeApi):
         version = request.args["resourceVersion"]
         self.watched_from.append(version)
         if int(version) < self.oldest:
+            self.too_old += 1
+            if self.too_old % 2:
+                return self.error(410, "too old resource version")
             expired = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "code": 410, "reason": "Expired"}
             return Response(f"{json.dumps({'type': 'ERROR', 'object': expired})}\n", content_type="application/json")
         field = re.fullmatch(r"metadata\.name=(.+)", request.args["fieldSelector"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from components.data_prep.step import STEP as DATA_PREP
-from components.lora_rl.node import main
+from components.lora_rl import node
 from components.lora_rl.step import STEP as LORA_RL
 from components.runner import execute
 from components.sft_warmup.step import STEP as SFT_WARMUP
@@ -78,8 +78,8 @@ def start_nodes(folder: Path, inputs: dict[str, str], *overrides: str) -> list[s
 
 def ended(nodes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     """Each one's exit code, output and errors."""
-    found = [node.communicate(timeout=240) for node in nodes]
-    return [(node.returncode, *texts) for node, texts in zip(nodes, found, strict=True)]
+    found = [process.communicate(timeout=240) for process in nodes]
+    return [(process.returncode, *texts) for process, texts in zip(nodes, found, strict=True)]
 
 
 def test_nodes_that_are_lost_and_begin_again_on_empty_disks_make_the_adapter_of_one_machine(
@@ -91,11 +91,11 @@ def test_nodes_that_are_lost_and_begin_again_on_empty_disks_make_the_adapter_of_
     nodes = start_nodes(tmp_path / "first", inputs)
     saved, deadline = open_storage(f"{OUTPUT}.partial"), time.monotonic() + 200
     while not any(key.endswith("/COMMITTED") for key in saved.list("checkpoints")):
-        assert all(node.poll() is None for node in nodes), ended(nodes)
+        assert all(process.poll() is None for process in nodes), ended(nodes)
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    for node in nodes:
-        node.kill()
+    for process in nodes:
+        process.kill()
     ended(nodes)
 
     (first, output, error), (second, other_output, other_error) = ended(start_nodes(tmp_path / "second", inputs))
@@ -116,7 +116,7 @@ def test_nodes_that_are_lost_and_begin_again_on_empty_disks_make_the_adapter_of_
     for rank in "01":  # started again after the output was published
         for name, value in place_of(int(rank), 1).items():
             monkeypatch.setenv(name, value)
-        assert main(request_of(inputs)) == 0
+        assert node.main(request_of(inputs)) == 0
 
 
 def test_one_node_that_is_told_to_stop_stops_both_and_what_is_done_is_in_the_store(
@@ -134,6 +134,15 @@ def test_one_node_that_is_told_to_stop_stops_both_and_what_is_done_is_in_the_sto
     assert "stopped after update" in error
     saved = open_storage(f"{OUTPUT}.partial").list("checkpoints")
     assert [key for key in saved if key.endswith("/COMMITTED")]
+
+
+def test_a_mistake_is_left_where_kubernetes_reads_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    words = tmp_path / "termination-log"
+    words.touch()
+    monkeypatch.setattr(node, "TERMINATION_LOG", words)
+    wanted = {"config": {"name": "x"}, "inputs": {}, "output": OUTPUT}
+    assert node.main(json.dumps(wanted)) == 2
+    assert words.read_text().startswith("the request: ")
 
 
 def test_nodes_are_what_torchruns_variables_say():
