@@ -1,4 +1,4 @@
-"""Settings of the cluster that a run is placed on. No step reads them, so they change no result and no fingerprint."""
+"""Settings of the cluster that a run is placed on. They change no result and no fingerprint."""
 
 import re
 from typing import Annotated, Literal

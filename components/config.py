@@ -43,6 +43,15 @@ class RunConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _the_plan_is_for_all_nodes(self) -> "RunConfig":
+        distributed = self.lora_rl.distributed
+        gpus = distributed.trainjob.nodes * distributed.trainjob.gpus
+        if distributed.launcher == "trainjob" and self.check.gpu and gpus not in (0, self.check.gpus):
+            raise ValueError(f"check.gpus = {self.check.gpus} is what the run is planned for, but the TrainJob has "
+                             f"{gpus} (lora_rl.distributed.trainjob.nodes * gpus): make them equal")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
     def _overlong_buffer_fits(self) -> "RunConfig":
         if self.lora_rl.algorithm.overlong_buffer > self.task.max_new_tokens:
             raise ValueError(

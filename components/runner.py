@@ -21,9 +21,11 @@ from components.mirror import CHECKPOINTS, FINGERPRINT
 from components.places import Input, Place, open_place
 from components.result import StepResult, Summary
 from tuneloop.config import config_digest, resolved_json
-from tuneloop.errors import UserError
+from tuneloop.errors import TryAgain, UserError
 from tuneloop.process import peak_rss_bytes
 from tuneloop.tracking import tracked
+
+Maker = Callable[[RunConfig, Mapping[str, str], str, str], None]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Step:
         sections: the config sections that decide the result; others may change without a re-run.
         optional_inputs: inputs that may be missing.
         resumable: the step continues from what it finds under `checkpoints/` in `output` after a kill.
+        maker: for a config whose output other machines make, what has them make it:
+            `make(config, inputs, output, fingerprint)`, with URIs. They run the step themselves, output and all.
         indifferent: settings, as `section.key`, that say where and how it runs but not what it computes: they may
             change between two runs of a resumable step.
     """
@@ -48,6 +52,7 @@ class Step:
     optional_inputs: tuple[str, ...] = ()
     resumable: bool = False
     indifferent: tuple[str, ...] = ()
+    maker: Callable[[RunConfig], Maker | None] | None = None
 
 
 def execute(step: Step, config: RunConfig, inputs: Mapping[str, str], output: str) -> StepResult:
@@ -64,9 +69,12 @@ def execute(step: Step, config: RunConfig, inputs: Mapping[str, str], output: st
     with place.claimed():
         done = place.finished()
         if done is None:
-            if not place.made(fingerprint):
-                _make(step, config, given, place, fingerprint)
-            done = place.publish()
+            if step.maker and (make := step.maker(config)):
+                done = _made_elsewhere(make, config, given, place, fingerprint)
+            else:
+                if not place.made(fingerprint):
+                    _make(step, config, given, place, fingerprint)
+                done = place.publish()
             if done.fingerprint == fingerprint:
                 memory = done.peak_rss_bytes / 1e6
                 print(f"{step.name}: done in {done.seconds:.1f} s, peak memory {memory:,.0f} MB", flush=True)
@@ -75,6 +83,16 @@ def execute(step: Step, config: RunConfig, inputs: Mapping[str, str], output: st
         what = f"already holds a {done.step} output made from other settings or inputs"
         raise UserError(f"{place.name}: {what}; choose another --output or remove it")
     print(f"{step.name}: already done, reusing {place.name}", flush=True)
+    return done
+
+
+def _made_elsewhere(
+    make: Maker, config: RunConfig, given: Mapping[str, Input], place: Place, fingerprint: str
+) -> StepResult:
+    make(config, {name: source.name for name, source in given.items()}, place.name, fingerprint)
+    done = place.finished()
+    if done is None:
+        raise TryAgain(f"{place.name}: is not there, though those that were to make it are done; give it again")
     return done
 
 

@@ -29,6 +29,7 @@ _USUAL = {  # CPUs, memory, seconds of one attempt
     "promote": ("1", "4Gi", _HOUR),
     "report": ("1", "2Gi", _HOUR),
 }
+_LAUNCHER = ("500m", "1Gi")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ def place(config: RunConfig, step: str, image: str) -> StepPlacement:
     cluster = config.cluster
     asked: StepResources = getattr(cluster.steps, step)
     cpu, memory, seconds = _USUAL[step]
+    launches = step == "lora_rl" and config.lora_rl.distributed.launcher == "trainjob"
+    if launches:  # it follows the nodes that train
+        cpu, memory = _LAUNCHER
     gpus = asked.gpus if asked.gpus is not None else _gpus(config, step)
     labels = {PART_OF_LABEL: "tuneloop", STEP_LABEL: step}
     if gpus and cluster.queue:
@@ -88,7 +92,7 @@ def place(config: RunConfig, step: str, image: str) -> StepPlacement:
         timeout_seconds=asked.timeout_seconds or seconds,
         retries=0 if step in NOT_RETRIED else cluster.retries,
         retry_seconds=cluster.retry_seconds,
-        shm=cluster.shm if step in HOLDS_A_MODEL else "",
+        shm=cluster.shm if step in HOLDS_A_MODEL and not launches else "",
         labels=labels,
         node_selector=cluster.node_selector | (cluster.gpu_node_selector if gpus else {}),
         tolerations=cluster.tolerations + (cluster.gpu_tolerations if gpus else ()),
@@ -101,7 +105,7 @@ def _gpus(config: RunConfig, step: str) -> int:
     if not config.check.gpu or step not in HOLDS_A_MODEL:
         return 0
     if step == "lora_rl":
-        return config.check.gpus
+        return config.check.gpus if config.lora_rl.distributed.launcher == "inline" else 0
     if step == "evaluate" and config.evaluate.engine.kind == "vllm":
         return config.evaluate.engine.tensor_parallel_size
     return 1

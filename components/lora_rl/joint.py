@@ -56,7 +56,8 @@ def require_one_base(configs: Sequence[RunConfig]) -> None:
         if full:
             raise UserError(f'{config.name}: {full[0]}.mode = "full" changes the base, which is shared: run it apart')
         distributed = config.lora_rl.distributed
-        if distributed.processes not in ("auto", 1) or distributed.offloads:
+        together = distributed.processes not in ("auto", 1) or distributed.launcher != "inline"
+        if together or distributed.offloads:
             raise UserError(f"{config.name}: lora_rl.distributed asks for several processes or for offloading, and "
                             "several runs are trained in one process: leave it out, or run it apart")  # fmt: skip
 

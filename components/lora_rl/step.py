@@ -8,34 +8,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.config import RunConfig
-from components.runner import Step, Summary
+from components.runner import Maker, Step, Summary
 from tuneloop.errors import UserError
 
 if TYPE_CHECKING:
     from components.lora_rl.training import Member
+    from tuneloop.training.nodes import Nodes
     from tuneloop.training.rl import RlResult, RlTrainer
+
+
+def maker(config: RunConfig) -> Maker | None:
+    """What has the output made on other machines, when `lora_rl.distributed.launcher` says so."""
+    if config.lora_rl.distributed.launcher == "inline":
+        return None
+    from components.lora_rl.trainjob.launcher import launch
+
+    return launch
 
 
 def run(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
     """Train the adapter by reinforcement learning from the task's rewards, in one process or in several."""
     from tuneloop.training.launch import process_count
+    from tuneloop.training.nodes import Nodes
 
-    distributed = config.lora_rl.distributed
+    distributed, nodes = config.lora_rl.distributed, Nodes.from_environment()
     count = process_count(distributed)
-    if count == 1 and not distributed.offloads:
+    if count * nodes.count == 1 and not distributed.offloads:
         return train(config, inputs, output)
-    return _train_together(config, inputs, output, count)
+    return _train_together(config, inputs, output, count, nodes)
 
 
-def _train_together(config: RunConfig, inputs: Mapping[str, Path], output: Path, count: int) -> Summary:
-    """`train` in `count` processes that are started here."""
+def _train_together(config: RunConfig, inputs: Mapping[str, Path], output: Path, count: int, nodes: "Nodes") -> Summary:
+    """`train` in `count` processes that are started here, and in as many on each of the other nodes."""
     from tuneloop.models.sources import resolve_model
     from tuneloop.training.launch import refuse_missing_deepspeed, run_processes
 
     refuse_missing_deepspeed()
     if config.lora_rl.rank_schedule.kind != "off":
         raise UserError("lora_rl.rank_schedule changes ranks in one process only, and there are to be "
-                        f"{count}: set lora_rl.distributed.processes = 1, without offloading")  # fmt: skip
+                        f"{count * nodes.count}: set distributed.processes = 1, without offloading")  # fmt: skip
     if not (inputs["warmup"] / "model").is_dir():
         resolve_model(config.model.uri)  # fetched once, for all
     with tempfile.TemporaryDirectory(prefix="tuneloop-") as folder:
@@ -44,9 +55,9 @@ def _train_together(config: RunConfig, inputs: Mapping[str, Path], output: Path,
         wanted = {"config": config.model_dump(mode="json"), "inputs": paths, "output": str(output.resolve())}
         request.write_text(json.dumps(wanted))
         command = ["-m", "components.lora_rl.process", str(request)]
-        outcomes = run_processes(command, count, config.lora_rl.stop_grace_seconds)
+        outcomes = run_processes(command, count, config.lora_rl.stop_grace_seconds, nodes)
     memory = max(outcome.peak_rss_bytes for outcome in outcomes)
-    return {**outcomes[0].summary, "processes": count, "peak_rss_bytes_of_a_process": memory}
+    return {**outcomes[0].summary, "processes": count * nodes.count, "peak_rss_bytes_of_a_process": memory}
 
 
 def train(config: RunConfig, inputs: Mapping[str, Path], output: Path) -> Summary:
@@ -107,5 +118,6 @@ STEP = Step(
     run,
     sections=("model", "task", "lora", "lora_rl"),
     resumable=True,
+    maker=maker,
     indifferent=("lora_rl.distributed", "lora_rl.gradient_checkpointing", "lora_rl.stop_grace_seconds"),
 )

@@ -21,6 +21,7 @@ from tests.cluster.rendering import (
     pod_specs,
 )
 from tuneloop import __version__
+from tuneloop.errors import EXIT_USER_ERROR
 
 EVERYTHING = tuple(name for name in OPTIONAL if name != "kserve")
 README = (MANIFESTS / "README.md").read_text()
@@ -273,6 +274,17 @@ def test_training_nodes_are_what_the_trainer_looks_for(everything: list[Manifest
     [container] = spec["containers"]
     assert container["name"] == "node"
     assert {"/dev/shm", "/scratch"} == {mount["mountPath"] for mount in container["volumeMounts"]}
+
+
+def test_all_nodes_start_again_together_unless_it_was_a_mistake(everything: list[Manifest]):
+    jobs = named(everything, "ClusterTrainingRuntime")["tuneloop"]["spec"]["template"]["spec"]
+    assert jobs["failurePolicy"]["restartStrategy"] == "BlockingRecreate"
+    [rule] = jobs["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    node = jobs["replicatedJobs"][0]["template"]["spec"]
+    assert (node["backoffLimit"], node["template"]["spec"]["restartPolicy"]) == (0, "Never")
+    [rule] = node["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [EXIT_USER_ERROR])
 
 
 @pytest.mark.parametrize("served_by", ["serving", "kserve"])

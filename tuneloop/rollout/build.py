@@ -105,9 +105,9 @@ def _start(settings: EngineSettings, options: "VllmOptions", log: Path, world: W
     size = settings.tensor_parallel_size
     release_gpu_memory()
     world.gather(None)  # what a neighbour is still loading, vLLM would count as its own
-    if world.size > 1 and world.size % size:
-        raise UserError(f"lora_rl.engine.tensor_parallel_size = {size} does not divide the {world.size} processes that "
-                        "train: change it or lora_rl.distributed.processes")  # fmt: skip
+    if world.size > 1 and world.local_size % size:  # an engine's processes are on one machine
+        raise UserError(f"lora_rl.engine.tensor_parallel_size = {size} does not divide the {world.local_size} "
+                        "processes of a machine: change it or lora_rl.distributed.processes")  # fmt: skip
     if world.size > 1 and world.rank % size:
         return LedEngine(None, world, size)
     if settings.use_shm:
@@ -161,4 +161,4 @@ def _devices(world: World, size: int) -> dict[str, str]:
     if world.size == 1 or not torch.cuda.is_available():
         return {}
     seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    return {"CUDA_VISIBLE_DEVICES": ",".join(seen.split(",")[world.rank : world.rank + size])}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(seen.split(",")[world.local_rank : world.local_rank + size])}

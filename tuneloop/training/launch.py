@@ -28,12 +28,14 @@ import torch
 
 from tuneloop.errors import EXIT_OK, EXIT_TRY_AGAIN, EXIT_USER_ERROR, TryAgain, TuneloopError, UserError
 from tuneloop.process import peak_rss_bytes
+from tuneloop.training.nodes import Nodes
 from tuneloop.training.settings import DistributedSettings
 
 OUTCOMES = "TUNELOOP_OUTCOMES"  # names the folder of the outcomes in a child's environment
 _KILLED = "killed"  # a file there: the signals that ended children, by rank
 # What children that were asked to stop say of themselves; one that had not got as far as to listen makes others fail.
 _OF_STOPPING = (EXIT_OK, EXIT_USER_ERROR, EXIT_TRY_AGAIN)
+_SECONDS_TO_MEET = 1800  # for the slowest of several machines to fetch its inputs
 _SECONDS_TO_LEAVE = 10  # beyond the grace: for saving and for leaving the group
 _PR_SET_PDEATHSIG = 1
 
@@ -65,6 +67,15 @@ class Outcome:
     at: float
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What the launcher's process is told: how many children, the seconds they have to leave, and `Nodes`' fields."""
+
+    count: int
+    seconds: int
+    nodes: dict[str, Any]
+
+
 def process_count(settings: DistributedSettings) -> int:
     """How many processes the settings mean on this machine.
 
@@ -91,23 +102,29 @@ def refuse_missing_deepspeed() -> None:
                         "pip install 'tuneloop[deepspeed]', or set processes = 1")  # fmt: skip
 
 
-def run_processes(command: Sequence[str], count: int, grace_seconds: float) -> list[Outcome]:
+def run_processes(
+    command: Sequence[str], count: int, grace_seconds: float, nodes: Nodes | None = None
+) -> list[Outcome]:
     """Run `python <command>` as `count` processes that can find each other, and wait for all of them.
 
     Args:
         command: must call `take_part`.
+        count: of this machine.
         grace_seconds: from SIGTERM until a child is killed.
+        nodes: the machines that do the same, each for its own processes.
 
     Returns:
-        Their outcomes, by rank; all succeeded.
+        The outcomes of this machine's processes, by rank; all succeeded.
 
     Raises:
         UserError, TryAgain, ProcessFailed: what made the first one fail.
     """
     with tempfile.TemporaryDirectory(prefix="tuneloop-") as folder:
-        launcher = [sys.executable, "-m", __name__, str(count), str(int(grace_seconds) + _SECONDS_TO_LEAVE), *command]
+        plan = _Plan(count, int(grace_seconds) + _SECONDS_TO_LEAVE, asdict(nodes or Nodes()))
+        launcher = [sys.executable, "-m", __name__, json.dumps(asdict(plan)), *command]
         # In a session of its own: a terminal's Ctrl-C reaches the step alone, which passes it on.
-        process = subprocess.Popen(launcher, env=_environment(count, folder), start_new_session=True)
+        environment = _environment(count, folder)
+        process = subprocess.Popen(launcher, env=environment, start_new_session=True)
         stopped = _wait(process)
         found = [Outcome(**json.loads(path.read_text())) for path in Path(folder).glob("*.json")]
         killed = Path(folder) / _KILLED
@@ -222,23 +239,25 @@ def _die_with_parent() -> None:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    """The launcher's process: `<count> <seconds to leave> <command…>`."""
+    """The launcher's process: `<plan> <command…>`."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _die_with_parent()
     logging.disable(logging.CRITICAL)  # the outcomes say what happened
-    count, seconds, *command = arguments
+    plan, command = _Plan(**json.loads(arguments[0])), arguments[1:]
+    nodes = Nodes(**plan.nodes)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=int(count),
-        run_id=f"tuneloop-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        min_nodes=nodes.count,
+        max_nodes=nodes.count,
+        nproc_per_node=plan.count,
+        run_id="tuneloop" if nodes.count > 1 else f"tuneloop-{os.getpid()}",
+        rdzv_backend="static" if nodes.count > 1 else "c10d",
+        rdzv_endpoint=nodes.rendezvous,
+        rdzv_configs={"rank": nodes.rank, "timeout": _SECONDS_TO_MEET} if nodes.count > 1 else {},
         max_restarts=0,
-        shutdown_timeout=int(seconds),
+        shutdown_timeout=plan.seconds,
     )
     try:
         elastic_launch(config, sys.executable)("-u", *command)

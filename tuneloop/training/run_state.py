@@ -56,7 +56,7 @@ class RunState:
         copies: hold a copy (in host memory) of the state before an update while that update changes it, so that the
             update can be abandoned at any time. Without one, an update that has begun to change the state and is
             abandoned goes back to the newest checkpoint.
-        world: the processes that train; the first one writes, the others' logs are thrown away.
+        world: the processes that train; the first one reads and writes, the others' logs are thrown away.
 
     Attributes:
         update: updates done.
@@ -66,27 +66,38 @@ class RunState:
 
     def __init__(self, folder: Path, trained: Trained, keep: int, *, copies: bool = True, world: World | None = None):
         self.trained, self._copies = trained, copies
-        self._writes = (world or World()).is_first
+        world = world or World()
+        self._writes = world.is_first
         self._store = CheckpointStore(folder / "checkpoints", keep)
         self._copy: Tensors | None = None
         self._changing = False  # whether the running update has begun to change the state
         self._boundary = _Boundary()
-        checkpoint = self._store.latest()
-        self._has_checkpoint = checkpoint is not None
-        self.saved = checkpoint.update if checkpoint else 0
-        if checkpoint:
-            self._boundary = _Boundary(checkpoint.update, **json.loads((checkpoint.path / "state.json").read_text()))
-            trained.load_state(load_file(checkpoint.path / "optimizer.safetensors"))
+        found = self._read(world)
+        self._has_checkpoint = found is not None
+        if found:
+            self._boundary, state = found
+            trained.load_state(state)
             print(f"continuing from the checkpoint of update {self.update}", flush=True)
+        self.saved = self.update
         self._scratch = None if self._writes else tempfile.TemporaryDirectory()
         logs = Path(self._scratch.name) if self._scratch else folder
         self.metrics = MetricsWriter(
             logs,
             offset=self._boundary.metrics if self._writes else 0,
-            first_update=self.update + 1 if checkpoint else 0,
+            first_update=self.update + 1 if found else 0,
             seconds=self._boundary.seconds,
         )
         self.samples = JsonLines(logs / "samples.jsonl", self._boundary.samples if self._writes else 0)
+
+    def _read(self, world: World) -> tuple[_Boundary, Tensors] | None:
+        """What the first process finds in its folder, in every process: those of other machines have none."""
+        boundary, state = None, {}
+        checkpoint = self._store.latest() if world.is_first else None
+        if checkpoint:
+            boundary = _Boundary(checkpoint.update, **json.loads((checkpoint.path / "state.json").read_text()))
+            state = load_file(checkpoint.path / "optimizer.safetensors")
+        boundary = world.from_first(boundary)
+        return None if boundary is None else (boundary, world.tensors_from_first(state))
 
     @property
     def update(self) -> int:

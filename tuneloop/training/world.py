@@ -4,6 +4,7 @@ Every process holds the same adapter and computes its share of the prompts. What
 to stop, what is written) is decided from gathered values, so that every process decides the same.
 """
 
+import os
 from typing import Any, TypeVar
 
 import torch
@@ -18,12 +19,15 @@ class World:
 
     Attributes:
         together: whether there is such a group; it may be of one process.
+        local_rank, local_size: this process's place among those of its machine, and how many they are.
     """
 
     def __init__(self) -> None:
         self.together = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank = torch.distributed.get_rank() if self.together else 0
         self.size = torch.distributed.get_world_size() if self.together else 1
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank)) if self.together else 0
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.together else 1
 
     @property
     def is_first(self) -> bool:
@@ -37,6 +41,28 @@ class World:
         values: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(values, value)
         return values
+
+    def from_first(self, value: T | None) -> T | None:
+        """The first process's value, in every process."""
+        if self.size == 1:
+            return value
+        values = [value if self.is_first else None]
+        torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def tensors_from_first(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The first process's tensors in host memory, in every process; each passes through the GPUs by itself."""
+        if self.size == 1:
+            return tensors
+        shapes = self.from_first({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        received = {}
+        for name, (shape, dtype) in (shapes or {}).items():
+            whole = tensors[name].contiguous() if self.is_first else torch.empty(shape, dtype=dtype)
+            moved = whole.to(device)
+            torch.distributed.broadcast(moved, src=0)
+            received[name] = moved.to("cpu")
+        return received
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over the processes; a name that only some have counts as 0 in the others."""
