@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -150,7 +149,6 @@ def _from_s3(uri: str, cache_dir: Path) -> Path:
 def _from_bundled(uri: str, cache_dir: Path) -> Path:
     from tuneloop.models.bundled import bundled_model
 
-    _require_torch(uri)
     return bundled_model(uri.removeprefix("bundled://"), cache_dir)
 
 
@@ -160,20 +158,28 @@ def _from_tiny(uri: str, cache_dir: Path) -> Path:
     parts = urlsplit(uri)
     settings = TinySettings.parse(parts.netloc + parts.path.rstrip("/"), parts.query)
     folder = cache_dir / "tiny" / f"{settings.family}-{settings.digest()[:16]}"
-    _require_torch(uri)
     return cached_folder(folder, lambda partial: make_tiny_model(settings, partial))
 
 
-def _require_torch(uri: str) -> None:
-    if find_spec("torch") is None:  # as in the image of the steps that hold no model
-        raise UserError(f"{uri}: is made by torch, which is not installed here; store the model's folder in a bucket "
-                        "and name it as s3://bucket/prefix")  # fmt: skip
+def _made_by_torch(source: Callable[[str, Path], Path]) -> Callable[[str, Path], Path]:
+    """`source`, with a line for who asks for a model that is not made yet in the image of the steps without torch."""
+
+    def resolve(uri: str, cache_dir: Path) -> Path:
+        try:
+            return source(uri, cache_dir)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise UserError(f"{uri}: is made by torch, which is not installed here; store the model's folder in a "
+                            "bucket and name it as s3://bucket/prefix") from None  # fmt: skip
+
+    return resolve
 
 
 _SCHEMES: dict[str, Callable[[str, Path], Path]] = {
-    "bundled": _from_bundled,
+    "bundled": _made_by_torch(_from_bundled),
     "file": _from_file,
     "hf": _from_hub,
     "s3": _from_s3,
-    "tiny": _from_tiny,
+    "tiny": _made_by_torch(_from_tiny),
 }
