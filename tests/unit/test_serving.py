@@ -3,6 +3,7 @@
 The registry is a real one; vLLM is a double of its endpoints, and tests/e2e/test_vllm_server.py asks the real one.
 """
 
+import asyncio
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,8 +23,9 @@ from tests.s3_server import BUCKET, S3Server, s3_server  # noqa: F401
 from tests.vllm_double import VllmDouble, vllm_double  # noqa: F401
 from tuneloop.registry import Registry
 from tuneloop.serving import alias_follower
-from tuneloop.serving.__main__ import main, wait_seconds
+from tuneloop.serving.__main__ import main, wait, wait_seconds
 from tuneloop.serving.alias_follower import AliasFollower, Status
+from tuneloop.serving.doors import Doors
 from tuneloop.serving.readiness import Readiness
 from tuneloop.serving.vllm_server import VllmServer
 
@@ -134,6 +137,63 @@ def test_without_the_registry_the_last_version_is_served_whoever_is_started_agai
     assert (restarted.wanted, restarted.served, served.content) == (None, 1, "a")
 
 
+def break_registry(served: Served) -> None:
+    (Path(served.registry.uri) / "math/aliases/production.json").write_text("{}")
+
+
+def test_what_was_made_for_another_base_is_not_held(served: Served):
+    """The folder outlives the server: started again on another base, it would take the weights and answer nonsense."""
+    served.promote(served.register("a"))
+    served.follower.look()
+    served.double.start_again()
+    status = served.new_follower(base="hf://other/base").look()
+    assert (status.wanted, status.served) == (1, None)
+    assert served.double.adapters == {}
+
+
+def test_what_was_damaged_on_the_disk_is_not_held(served: Served):
+    served.promote(served.register("a"))
+    served.follower.look()
+    (Path(served.double.adapters["math"]) / "adapter_model.safetensors").write_bytes(b"x")
+    break_registry(served)
+    served.double.start_again()
+    assert served.new_follower().look().served is None
+    assert served.double.adapters == {}
+
+
+def test_a_switch_whose_answer_was_lost_is_remembered_too(served: Served):
+    served.promote(served.register("a"))
+    served.follower.look()
+    served.promote(served.register("b"))
+    served.double.silent = True
+    assert served.follower.look().waiting
+    assert served.content == "b"
+    served.double.silent = False
+    assert served.follower.look() == Status(2, 2)
+    break_registry(served)
+    served.double.start_again()
+    assert served.new_follower().look().served == 2
+
+
+def test_a_server_with_nothing_to_lose_is_asked_again_at_once(served: Served):
+    """It may have refused because it was about to die; the next one takes what this one did not."""
+    served.promote(served.register("a"))
+    served.double.largest_rank = 1
+    assert "greater than max_lora_rank" in served.follower.look().problem
+    served.double.largest_rank = 64
+    assert served.follower.look() == Status(1, 1)
+
+
+def test_a_long_wait_ends_when_the_adapter_is_no_longer_served():
+    stop, started = threading.Event(), time.monotonic()
+    wait(stop, 0.02, 60.0, lambda: False)
+    assert time.monotonic() - started < 30
+    asked = []
+    wait(stop, 0.02, 0.1, lambda: asked.append(1) or True)
+    assert time.monotonic() - started >= 0.12
+    assert asked
+
+
 def test_an_unavailable_object_store_is_said_and_held_out(
     tmp_path: Path,
     vllm_double: VllmDouble,  # noqa: F811
@@ -182,8 +242,10 @@ def test_only_the_version_served_and_the_one_before_are_kept(served: Served):
     for content in "abcd":
         served.promote(served.register(content))
         served.follower.look()
-    kept = sorted(path.name.partition("-")[0] for path in (served.folder / "math").iterdir() if not path.is_symlink())
-    assert kept == ["3", "4"]
+    assert sorted(path.name.partition("-")[0] for path in (served.folder / "math").iterdir() if path.is_dir()) == [
+        "3",
+        "4",
+    ]
 
 
 def test_before_the_first_promotion_nothing_is_served_and_why_is_said(served: Served):
@@ -304,3 +366,36 @@ def test_a_base_is_fetched_once_and_pointed_at(tmp_path: Path, monkeypatch: pyte
     link.mkdir(parents=True)
     assert main(["fetch-base", "--model", str(source), "--to", str(link)]) == 2
     assert os.listdir(link) == []
+
+
+@pytest.mark.parametrize(
+    ("client", "path", "reached"),
+    [
+        ("127.0.0.1", "/v1/load_lora_adapter", True),  # the follower
+        ("10.1.2.3", "/v1/chat/completions", True),
+        ("10.1.2.3", "/health", True),  # the kubelet
+        ("10.1.2.3", "/metrics", True),
+        ("10.1.2.3", "/v1/load_lora_adapter", False),
+        ("10.1.2.3", "/v1/unload_lora_adapter", False),
+        ("10.1.2.3", "/adapters", False),
+        ("10.1.2.3", "/invocations", False),
+        ("10.1.2.3", "/v1/chat/completions/../load_lora_adapter", False),
+        ("127.0.0.6", "/v1/load_lora_adapter", False),  # other machines, by a mesh's proxy
+        (None, "/v1/load_lora_adapter", False),
+    ],
+)
+def test_other_machines_reach_the_model_and_no_adapters(client: str | None, path: str, reached: bool):
+    called, sent = [], []
+
+    async def app(scope, receive, send):
+        called.append(scope["path"])
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "path": path, "client": (client, 5) if client else None}
+    asyncio.run(Doors(app)(scope, None, send))  # type: ignore[arg-type]
+    assert called == ([path] if reached else [])
+    assert [message["status"] for message in sent if "status" in message] == ([] if reached else [403])
+    if not reached:
+        assert "open to this machine only" in json.loads(sent[1]["body"])["error"]["message"]
