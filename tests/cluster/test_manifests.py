@@ -263,10 +263,42 @@ def test_every_queue_leads_somewhere_and_covers_what_a_node_asks_for(everything:
 def test_the_quota_bounds_gpus_and_what_asks_for_nothing_is_counted(manifests: list[Manifest]):
     hard = named(manifests, "ResourceQuota")["tuneloop"]["spec"]["hard"]
     assert int(hard["requests.nvidia.com/gpu"]) > 0
+    assert hard.keys() >= {f"requests.{name}" for name in ("cpu", "memory", "ephemeral-storage")}
     [limits] = named(manifests, "LimitRange")["tuneloop"]["spec"]["limits"]
     counted = {key.removeprefix("requests.") for key in hard if key.startswith("requests.")} - {"nvidia.com/gpu"}
     assert set(limits["defaultRequest"]) == counted
     assert "default" not in limits  # a default limit under a step's request would have its pod refused
+
+
+def test_what_the_queue_admits_fits_into_the_quota_beside_what_is_not_queued(everything: list[Manifest]):
+    """Serving at a roll-out, and the largest step without a GPU."""
+    hard = named(everything, "ResourceQuota")["tuneloop"]["spec"]["hard"]
+    [group] = named(everything, "ClusterQueue")["tuneloop"]["spec"]["resourceGroups"]
+    queued = {one["name"]: one["nominalQuota"] for one in group["flavors"][0]["resources"]}
+    [(_, serving)] = pod_specs(named(everything, "Deployment")["tuneloop-serving"])
+    [template] = named(everything, "WorkflowTemplate").values()
+    steps = [spec for _, spec in pod_specs(template) if "nvidia.com/gpu" not in str(spec)]
+    for name, quota in queued.items():
+        beside = 2 * asked(serving, name) + max(asked(spec, name) for spec in steps)
+        assert amount(hard[f"requests.{name}"]) >= amount(quota) + beside, name
+
+
+def asked(spec: Manifest, resource: str) -> float:
+    """What the containers of a pod request of a resource."""
+    return sum(amount(container.get("resources", {}).get("requests", {}).get(resource, "0"))
+               for container in spec["containers"])  # fmt: skip
+
+
+def amount(quantity: str) -> float:
+    """A quantity of Kubernetes as a number."""
+    number, unit = re.fullmatch(r"([\d.]+)(\w*)", quantity).groups()  # type: ignore[union-attr]
+    return float(number) * {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}[unit]
+
+
+def test_images_of_a_private_registry_are_pulled_for_every_pod(everything: list[Manifest]):
+    for name, account in named(everything, "ServiceAccount").items():
+        wanted = [] if name == "tuneloop-submitter" else [{"name": "tuneloop-registry"}]
+        assert account.get("imagePullSecrets", []) == wanted, name
 
 
 def test_training_nodes_are_what_the_trainer_looks_for(everything: list[Manifest]):
@@ -277,6 +309,8 @@ def test_training_nodes_are_what_the_trainer_looks_for(everything: list[Manifest
     [(_, spec)] = pod_specs(job)
     [container] = spec["containers"]
     assert container["name"] == "node"
+    labels = job["template"]["spec"]["template"]["metadata"]["labels"]
+    assert labels["sidecar.istio.io/inject"] == "false"  # a proxy would outlive the node, and is not restricted
     assert {"/dev/shm", "/scratch"} == {mount["mountPath"] for mount in container["volumeMounts"]}
 
 
@@ -306,6 +340,14 @@ def test_openshift_chooses_the_users_itself(component: str, count: int, tmp_path
     for spec in pods:
         assert [problem for problem in not_restricted(spec) if not problem.endswith("image's user")] == []
         assert not [key for key in ("runAsUser", "runAsGroup", "fsGroup") if everywhere(spec, key)]
+
+
+def test_openshift_ai_knows_the_namespace_and_its_pipeline_server():
+    manifests = overlay("openshift")
+    labels = named(manifests, "Namespace")["tuneloop"]["metadata"]["labels"]
+    assert labels["opendatahub.io/dashboard"] == labels["kueue.openshift.io/managed"] == "true"
+    secrets = {right for right in granted(manifests)["tuneloop-step"] if right[1].startswith("secrets")}
+    assert secrets == {("", "secrets/ds-pipeline-s3-dspa", "get")}
 
 
 def test_the_namespace_is_renamed_as_the_readme_says(tmp_path: Path):
