@@ -140,7 +140,7 @@ def test_the_namespace_lets_no_other_pod_in(manifests: list[Manifest]):
     for mode in ("enforce", "audit", "warn"):
         assert labels[f"pod-security.kubernetes.io/{mode}"] == "restricted"
         assert re.fullmatch(r"v1\.\d+", labels[f"pod-security.kubernetes.io/{mode}-version"])
-    assert not [label for label in labels if label.startswith("app.kubernetes.io/")]  # of a Profile's, they are Kubeflow's
+    assert not [label for label in labels if label.startswith("app.kubernetes.io/")]
 
 
 def test_a_pod_that_is_not_restricted_would_be_seen(everything: list[Manifest]):
