@@ -266,6 +266,15 @@ def test_a_key_and_a_server_without_the_endpoints_are_said_clearly(served: Serve
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in served.follower.look().problem
 
 
+def test_a_server_that_is_closed_to_other_machines_says_where_to_follow_it(served: Served, monkeypatch):
+    served.promote(served.register("a"))
+    refusal = (403, {"error": {"message": "open to this machine only; others reach /health", "code": 403}})
+    monkeypatch.setattr(served.double, "load", lambda *_: refusal)
+    why = "open to this machine only; others reach /health"
+    told = f"{served.double.url}: forbids /v1/load_lora_adapter ({why}); follow vLLM where it runs"
+    assert served.follower.look().problem == told
+
+
 def test_a_server_that_does_not_answer_is_waited_for(served: Served):
     served.promote(served.register("a"))
     served.double.close()
