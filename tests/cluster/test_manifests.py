@@ -172,6 +172,8 @@ def test_each_account_may_do_what_its_pods_do_and_no_more(everything: list[Manif
         ("", "configmaps/kfp-launcher", "get"), ("", "secrets/mlpipeline-minio-artifact", "get"),
         *(("", "pods", verb) for verb in watching),
         ("pipelines.kubeflow.org", "runs", "list"), ("pipelines.kubeflow.org", "runs", "createTask"),
+        ("argoproj.io", "workflowtasksets", "list"), ("argoproj.io", "workflowtasksets", "watch"),
+        ("argoproj.io", "workflowtasksets/status", "patch"),
     }  # fmt: skip
     step = kubeflow | {
         ("argoproj.io", "workflowtaskresults", "create"),
