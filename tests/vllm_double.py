@@ -20,12 +20,13 @@ class VllmDouble:
         largest_rank: adapters above it are refused, as by `--max-lora-rank`.
         updating: whether VLLM_ALLOW_RUNTIME_LORA_UPDATING is on.
         key: what clients must send; empty: nothing.
+        silent: whether it does what it is asked and then ends the connection without an answer.
         calls: what was asked of it, in order: "load NAME FOLDER".
     """
 
     def __init__(self) -> None:
         self.adapters: dict[str, str] = {}
-        self.largest_rank, self.updating, self.key = 64, True, ""
+        self.largest_rank, self.updating, self.key, self.silent = 64, True, "", False
         self.calls: list[str] = []
         double = self
 
@@ -43,8 +44,10 @@ class VllmDouble:
                     return
                 if not double.updating:
                     self._answer(404, {"detail": "Not Found"})
-                else:
-                    self._answer(*double.load(body["lora_name"], body["lora_path"], body.get("load_inplace", False)))
+                    return
+                answer = double.load(body["lora_name"], body["lora_path"], body.get("load_inplace", False))
+                if not double.silent:
+                    self._answer(*answer)
 
             def _allowed(self) -> bool:
                 if double.key and self.headers.get("Authorization") != f"Bearer {double.key}":

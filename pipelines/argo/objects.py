@@ -1,5 +1,6 @@
 """WorkflowTemplate and CronWorkflow of a run's config."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,16 @@ MAIN, MAIN_EXIT = "main", "exit"  # entrypoint and exit handler of a run that so
 TICK, TICK_EXIT = "tick", "tick-exit"  # and of one that a schedule starts
 _POD_SECONDS = 600  # that a pod is kept after its success, for its log
 _DAY_SECONDS = 86_400
+# Argo's own image runs as root when it is told nothing else, and its containers have no security context unless the
+# controller is configured to give them one: a namespace that is held to the restricted profile refuses such pods.
+_USER = 1000  # as in images/: the files that a step leaves for Argo's container are its own
+_POD_SECURITY = {"runAsNonRoot": True, "runAsUser": _USER, "runAsGroup": _USER, "fsGroup": _USER,
+                 "seccompProfile": {"type": "RuntimeDefault"}}  # fmt: skip
+_EXECUTOR_SECURITY = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+_EXECUTOR_PATCH = {
+    "initContainers": [{"name": "init", "securityContext": _EXECUTOR_SECURITY}],
+    "containers": [{"name": "wait", "securityContext": _EXECUTOR_SECURITY}],
+}
 
 
 def argo_objects(config: RunConfig, package: str | None = None) -> list[dict[str, Any]]:
@@ -57,7 +68,8 @@ def _workflow_template(config: RunConfig, graph: Graph, description: str) -> dic
         "entrypoint": MAIN,
         "onExit": MAIN_EXIT,
         "arguments": {"parameters": [_parameter(name, graph.parameters[name]) for name in graph.parameters]},
-        "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+        "securityContext": _POD_SECURITY,
+        "podSpecPatch": json.dumps(_EXECUTOR_PATCH),
         "podGC": {"strategy": "OnPodSuccess", "deleteDelayDuration": f"{_POD_SECONDS}s"},
         "ttlStrategy": {"secondsAfterCompletion": cluster.keep_days * _DAY_SECONDS},
         "workflowMetadata": {"labels": {PART_OF_LABEL: "tuneloop"}},

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from werkzeug.wrappers import Request, Response
 
-from tests.cluster import schemas
+from tests.cluster import rights, schemas
 from tests.cluster.faulty_server import FaultyServer, json_response
 
 Object = dict[str, Any]
@@ -37,6 +37,7 @@ class KubeApi(FaultyServer):
     """The double.
 
     Attributes:
+        account: whose rights, by the manifests, the client is held to.
         objects: (plural, name) -> a custom object.
         pods: name -> a pod.
         logs: pod's name -> its lines so far, each behind its time.
@@ -44,6 +45,8 @@ class KubeApi(FaultyServer):
         denied: (verb, resource) that the user may not.
         cut_logs: how many more answers of a log break in the middle of a line.
     """
+
+    account = "tuneloop-submitter"
 
     def reset(self) -> None:
         super().reset()
@@ -77,6 +80,7 @@ class KubeApi(FaultyServer):
         return json_response(content, status)
 
     def answer(self, request: Request) -> Response:
+        self.violations += rights.missing(request, self.account)
         if match := _CUSTOM.fullmatch(request.path):
             return self._custom(request, **match.groupdict())
         if match := _PODS.fullmatch(request.path):

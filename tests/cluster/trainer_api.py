@@ -40,6 +40,8 @@ class TrainerApi(KubeApi):
         posted: every TrainJob that was created.
     """
 
+    account = "tuneloop-launcher"
+
     def reset(self) -> None:
         super().reset()
         self.changes: list[tuple[int, str, Object]] = []

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -199,6 +201,17 @@ def test_served_by_vllms_openai_server_it_answers_as_it_was_evaluated(trained: T
     assert sum("\ufffd" in text for text in expected["candidate"]) == 0
 
 
+def status_for_others(url: str, path: str, body: dict | None = None) -> int:
+    """What the server answers to a client that is not 127.0.0.1, as those of other machines are not."""
+    place = urlsplit(url)
+    connection = HTTPConnection(place.hostname or "", place.port, timeout=60, source_address=("127.0.0.2", 0))
+    try:
+        connection.request("POST" if body else "GET", path, json.dumps(body), {"Content-Type": "application/json"})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
 def too_large(folder: Path, to: Path) -> Path:
     """A copy of an adapter that says it has rank 64."""
     shutil.copytree(folder, to)
@@ -262,6 +275,16 @@ def test_moving_the_alias_switches_a_running_vllm(trained: Trained, tmp_path: Pa
         assert [ask(client, "sums", examples[number]) for number in telling] == [
             expected["candidate"][number] for number in telling
         ]
+
+        prompt = {"model": "sums", "prompt": "1", "max_tokens": 1}
+        assert status_for_others(url, "/v1/completions", prompt) == status_for_others(url, "/health") == 200
+        stranger = {"lora_name": "sums", "lora_path": str(adapters["warmed_up"]), "load_inplace": True}
+        for path, body in {
+            "/v1/load_lora_adapter": stranger, "/v1/unload_lora_adapter": {"lora_name": "sums"},
+            "/adapters": {"name": "other", "src": stranger["lora_path"]}, "/invocations": prompt,
+        }.items():  # fmt: skip
+            assert status_for_others(url, path, body) == 403, path
+        assert vllm.adapters().keys() == {"sums"}
 
         folder = Path(vllm.adapters()["sums"])
         folder.rename(tmp_path / "away")  # what is read from the disk at every step would be missed now

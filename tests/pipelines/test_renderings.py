@@ -191,7 +191,8 @@ def test_no_value_of_a_secret_gets_into_a_rendering(monkeypatch):
 
 def test_argo_pods_are_restricted():
     spec = TEMPLATE["spec"]
-    assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    user = {"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000}  # of Argo's own containers too
+    assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}, **user}
     containers = [template for template in spec["templates"] if "container" in template]
     assert len(containers) == len(STEPS) + 1
     for template in containers:

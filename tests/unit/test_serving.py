@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +22,7 @@ from tests.s3_server import BUCKET, S3Server, s3_server  # noqa: F401
 from tests.vllm_double import VllmDouble, vllm_double  # noqa: F401
 from tuneloop.registry import Registry
 from tuneloop.serving import alias_follower
-from tuneloop.serving.__main__ import main, wait_seconds
+from tuneloop.serving.__main__ import main, wait, wait_seconds
 from tuneloop.serving.alias_follower import AliasFollower, Status
 from tuneloop.serving.readiness import Readiness
 from tuneloop.serving.vllm_server import VllmServer
@@ -134,6 +135,63 @@ def test_without_the_registry_the_last_version_is_served_whoever_is_started_agai
     assert (restarted.wanted, restarted.served, served.content) == (None, 1, "a")
 
 
+def break_registry(served: Served) -> None:
+    (Path(served.registry.uri) / "math/aliases/production.json").write_text("{}")
+
+
+def test_what_was_made_for_another_base_is_not_held(served: Served):
+    """The folder outlives the server: started again on another base, it would take the weights and answer nonsense."""
+    served.promote(served.register("a"))
+    served.follower.look()
+    served.double.start_again()
+    status = served.new_follower(base="hf://other/base").look()
+    assert (status.wanted, status.served) == (1, None)
+    assert served.double.adapters == {}
+
+
+def test_what_was_damaged_on_the_disk_is_not_held(served: Served):
+    served.promote(served.register("a"))
+    served.follower.look()
+    (Path(served.double.adapters["math"]) / "adapter_model.safetensors").write_bytes(b"x")
+    break_registry(served)
+    served.double.start_again()
+    assert served.new_follower().look().served is None
+    assert served.double.adapters == {}
+
+
+def test_a_switch_whose_answer_was_lost_is_remembered_too(served: Served):
+    served.promote(served.register("a"))
+    served.follower.look()
+    served.promote(served.register("b"))
+    served.double.silent = True
+    assert served.follower.look().waiting
+    assert served.content == "b"
+    served.double.silent = False
+    assert served.follower.look() == Status(2, 2)
+    break_registry(served)
+    served.double.start_again()
+    assert served.new_follower().look().served == 2
+
+
+def test_a_server_with_nothing_to_lose_is_asked_again_at_once(served: Served):
+    """It may have refused because it was about to die; the next one takes what this one did not."""
+    served.promote(served.register("a"))
+    served.double.largest_rank = 1
+    assert "greater than max_lora_rank" in served.follower.look().problem
+    served.double.largest_rank = 64
+    assert served.follower.look() == Status(1, 1)
+
+
+def test_a_long_wait_ends_when_the_adapter_is_no_longer_served():
+    stop, started = threading.Event(), time.monotonic()
+    wait(stop, 0.02, 60.0, lambda: False)
+    assert time.monotonic() - started < 30
+    asked = []
+    wait(stop, 0.02, 0.1, lambda: asked.append(1) or True)
+    assert time.monotonic() - started >= 0.12
+    assert asked
+
+
 def test_an_unavailable_object_store_is_said_and_held_out(
     tmp_path: Path,
     vllm_double: VllmDouble,  # noqa: F811
@@ -182,8 +240,10 @@ def test_only_the_version_served_and_the_one_before_are_kept(served: Served):
     for content in "abcd":
         served.promote(served.register(content))
         served.follower.look()
-    kept = sorted(path.name.partition("-")[0] for path in (served.folder / "math").iterdir() if not path.is_symlink())
-    assert kept == ["3", "4"]
+    assert sorted(path.name.partition("-")[0] for path in (served.folder / "math").iterdir() if path.is_dir()) == [
+        "3",
+        "4",
+    ]
 
 
 def test_before_the_first_promotion_nothing_is_served_and_why_is_said(served: Served):
@@ -202,6 +262,15 @@ def test_a_key_and_a_server_without_the_endpoints_are_said_clearly(served: Serve
     served.double.key, served.double.updating = "", False
     served.double.start_again()
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in served.follower.look().problem
+
+
+def test_a_server_that_is_closed_to_other_machines_says_where_to_follow_it(served: Served, monkeypatch):
+    served.promote(served.register("a"))
+    refusal = (403, {"error": {"message": "open to this machine only; others reach /health", "code": 403}})
+    monkeypatch.setattr(served.double, "load", lambda *_: refusal)
+    why = "open to this machine only; others reach /health"
+    told = f"{served.double.url}: forbids /v1/load_lora_adapter ({why}); follow vLLM where it runs"
+    assert served.follower.look().problem == told
 
 
 def test_a_server_that_does_not_answer_is_waited_for(served: Served):

@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -58,13 +59,21 @@ def follow(options: argparse.Namespace) -> None:
                 print(describe(options.adapter, status), flush=True)
             said = status
             failures = failures + 1 if status.problem and not status.waiting else 0
-            stop.wait(wait_seconds(options.interval, failures))
+            wait(stop, options.interval, wait_seconds(options.interval, failures), follower.is_served)
 
 
 def describe(adapter: str, status: Status) -> str:
     """One line for the log."""
     served = f"version {status.served} is served" if status.served else "nothing is served"
     return f"{adapter}: {served}" + (f"; {status.problem}" if status.problem else "")
+
+
+def wait(stop: threading.Event, interval: float, seconds: float, is_served: Callable[[], bool]) -> None:
+    """Wait; of more than an interval only as long as the adapter is served, which it is not by a vLLM started again."""
+    end = time.monotonic() + seconds
+    while not stop.wait(max(0.0, min(interval, end - time.monotonic()))):
+        if time.monotonic() >= end or not is_served():
+            return
 
 
 def wait_seconds(interval: float, failures: int) -> float:

@@ -6,6 +6,7 @@ prefixes of different adapters apart by name and folder.
 """
 
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -18,6 +19,7 @@ from tuneloop.registry.versions import file_digests
 from tuneloop.serving.vllm_server import AdapterRefused, ServerDown, VllmServer
 
 REFUSED_AGAIN_SECONDS = 300.0  # until a version that vLLM refused is tried again
+LAST = "last.json"  # beside the versions: which of them was served last
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,10 @@ class AliasFollower:
             status = replace(status, wanted=version.version)
             target = self._target(version)
             if served != str(target):
-                self._refuse(version, target)
-                self._fetch(version, target)
-                self._switch(target, served)
+                self._refuse(version, target, served)
+                version.fetch_adapter(_undamaged(target, _files(version)))
+                self._switch(target)
+            self._remember(version, target, served)
             return replace(status, served=version.version)
         except ServerDown as error:
             return replace(status, served=None, problem=str(error), waiting=True)
@@ -85,52 +88,69 @@ class AliasFollower:
         digest = hashlib.sha256(version.record["adapter_digest"].encode()).hexdigest()
         return self._folder / f"{version.version}-{digest[:12]}"
 
-    def _refuse(self, version: RegisteredVersion, target: Path) -> None:
+    def _refuse(self, version: RegisteredVersion, target: Path, served: str | None) -> None:
         """Raise what is known to be wrong with a version."""
         trained_on = version.record.get("base_uri")
         if self._base_uri and trained_on != self._base_uri:
             raise UserError(f"{self.adapter_name} version {version.version} was trained on {trained_on}, "
                             f"but {self._base_uri} is served; serve that base, or move the alias back")  # fmt: skip
         again, message = self._refused.get(target, (0.0, ""))
-        if time.monotonic() < again:
+        if served and time.monotonic() < again:  # a server with nothing to lose is asked each time: it may be another
             raise AdapterRefused(message)
 
-    def _fetch(self, version: RegisteredVersion, target: Path) -> None:
-        files = {name.removeprefix("adapter/"): digest for name, digest in version.record["files"].items()}
-        if target.is_dir() and file_digests(target) != files:
-            shutil.rmtree(target)  # damaged on this disk
-        version.fetch_adapter(target)
-
-    def _switch(self, target: Path, served: str | None) -> None:
+    def _switch(self, target: Path) -> None:
         """Let the adapter's name mean the folder `target`; vLLM tries it before it gives up what it has."""
         try:
             self._server.load(self.adapter_name, target)
         except AdapterRefused as error:
             self._refused[target] = (time.monotonic() + REFUSED_AGAIN_SECONDS, str(error))
             raise
-        self._remember(target, served)
 
     def _hold(self, status: Status) -> Status:
         """Serve what was served last, which a server that was started again has forgotten."""
-        current = self._folder / "current"
         try:
             served = self._server.adapters().get(self.adapter_name)
-            if served is None and current.is_dir():
-                served = str(current.resolve())
-                self._server.load(self.adapter_name, current.resolve())
+            if served is None and (last := self._last()):
+                self._server.load(self.adapter_name, last)
+                served = str(last)
         except TuneloopError as error:
             return replace(status, served=None, problem=f"{status.problem}; {error}")
         return replace(status, served=_version_in(served))
 
-    def _remember(self, target: Path, before: str | None) -> None:
+    def _last(self) -> Path | None:
+        """The folder that was served last; None if there is none, or it is damaged or for another base."""
+        try:
+            known = json.loads((self._folder / LAST).read_text())
+            folder = self._folder / known["folder"]
+            return folder if known["base_uri"] == self._base_uri and file_digests(folder) == known["files"] else None
+        except (OSError, ValueError, UserError):
+            return None
+
+    def _remember(self, version: RegisteredVersion, target: Path, before: str | None) -> None:
         """Note what is served, and remove all versions but it and the one before, which requests may still need."""
-        link = self._folder / ".current"
-        link.unlink(missing_ok=True)
-        link.symlink_to(target.name)
-        os.replace(link, self._folder / "current")
+        note = json.dumps({"folder": target.name, "base_uri": self._base_uri, "files": _files(version)})
+        place = self._folder / LAST
+        if place.is_file() and place.read_text() == note:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = self._folder / f".{LAST}"
+        partial.write_text(note)
+        os.replace(partial, place)
         for path in self._folder.iterdir():
-            if path.is_dir() and not path.is_symlink() and path != target and str(path) != before:
+            if path.is_dir() and path != target and str(path) != before:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _files(version: RegisteredVersion) -> dict[str, str]:
+    """Name -> sha256 of the files of a version's adapter."""
+    return {name.removeprefix("adapter/"): digest for name, digest in version.record["files"].items()}
+
+
+def _undamaged(folder: Path, files: dict[str, str]) -> Path:
+    """A folder that is either absent or holds just these files."""
+    if folder.is_dir() and file_digests(folder) != files:
+        shutil.rmtree(folder)
+    return folder
 
 
 def _version_in(folder: str | None) -> int | None:

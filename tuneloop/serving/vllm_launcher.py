@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server with one repair, which replacing an adapter needs.
+"""vLLM's OpenAI server, closed to other machines where it loads adapters, and with a repair that replacing one needs.
 
 vLLM 0.32 keeps the flag `load_inplace` on an adapter that was replaced in place, and reads it from the disk again at
 every step that follows. Unloading and loading instead leaves moments in which requests for the name get a 404. Here the
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from tuneloop.errors import UserError
 
 SERVER = "vllm.entrypoints.openai.api_server"
+DOORS = "tuneloop.serving.doors.Doors"
 
 
 def launch(arguments: Sequence[str]) -> None:
@@ -26,7 +27,7 @@ def launch(arguments: Sequence[str]) -> None:
         if (error.name or "").partition(".")[0] != "vllm":
             raise
         raise UserError("vLLM is not installed here: pip install vllm, or run the train image") from None
-    sys.argv = [SERVER, *arguments]
+    sys.argv = [SERVER, "--middleware", DOORS, *arguments]
     runpy.run_module(SERVER, run_name="__main__")
 
 

@@ -37,7 +37,7 @@ class VllmServer:
         """Name -> folder of the adapters that the server answers for.
 
         Raises:
-            UserError: it refuses the key.
+            UserError: it refuses the key, or other machines.
             ServerDown: it does not answer, or not yet.
         """
         status, answer = self._request("/v1/models", None)
@@ -69,9 +69,14 @@ class VllmServer:
                 return response.status, _parse(response.read())
         except urllib.error.HTTPError as error:
             with error:
-                if error.code in (401, 403):
+                answer = _parse(error.read())
+                if error.code == 401:
                     raise UserError(f"{self.url}: refuses the key; set VLLM_API_KEY as vLLM has it") from None
-                return error.code, _parse(error.read())
+                if error.code == 403:
+                    raise UserError(
+                        f"{self.url}: forbids {path} ({_message(answer)}); follow vLLM where it runs"
+                    ) from None
+                return error.code, answer
         except (OSError, HTTPException) as error:
             raise ServerDown(f"{self.url}: does not answer ({getattr(error, 'reason', error)})") from None
 
