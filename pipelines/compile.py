@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from components.config import RunConfig
-from pipelines.placement import require_reachable
+from pipelines.placement import require_no_password, require_reachable
 from tuneloop.errors import UserError
 
 COMPILED = Path(__file__).resolve().parent / "compiled"
@@ -28,6 +28,7 @@ def render(config: RunConfig, targets: tuple[str, ...] = TARGETS) -> dict[str, s
         UserError: the config cannot run on a cluster, or not on a target.
     """
     require_reachable(config)
+    require_no_password(config)
     from pipelines.kfp_rendering import kubernetes_package
 
     package = functools.cache(lambda: kubernetes_package(config))  # several renderings are made from it

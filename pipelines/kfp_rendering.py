@@ -10,9 +10,10 @@ from typing import Any
 
 from components.config import RunConfig
 from components.images import TRAIN_IMAGE
-from pipelines.placement import StepPlacement, object_name, place
+from pipelines.placement import LONGEST_WAIT_SECONDS, StepPlacement, object_name, place
 from tuneloop.errors import UserError
 
+NOT_RETRIED = ("check", "report")  # Kubeflow repeats whatever failed, and what check refuses it refuses again
 # https://cloud.google.com/vertex-ai/docs/reference/rest/v1/MachineSpec#AcceleratorType
 VERTEX_ACCELERATORS = {
     "l4-24gb": "NVIDIA_L4",
@@ -122,8 +123,10 @@ def _place_portably(task: Any, placement: StepPlacement, accelerator: str) -> No
 
 
 def _retry(task: Any, placement: StepPlacement, longest: str | None = None) -> None:
-    if placement.retries:
-        task.set_retry(placement.retries, f"{placement.retry_seconds}s", 2.0, longest)
+    if placement.retries and placement.step not in NOT_RETRIED:
+        last_wait = placement.retry_seconds * 2 ** (placement.retries - 1)
+        factor = 2.0 if last_wait <= LONGEST_WAIT_SECONDS else 1.0  # there is no upper limit to give
+        task.set_retry(placement.retries, f"{placement.retry_seconds}s", factor, longest)
 
 
 def _accelerator(config: RunConfig, placement: StepPlacement) -> str:
