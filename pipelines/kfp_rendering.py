@@ -109,7 +109,7 @@ def _compiled(config: RunConfig, place_task: Callable[[Any, StepPlacement], None
 def _place_everywhere(task: Any, placement: StepPlacement) -> None:
     """What the IR itself can say."""
     task.set_container_image(placement.image)
-    task.set_memory_request(placement.memory).set_memory_limit(placement.memory)
+    task.set_memory_limit(placement.memory)
     for name, value in placement.env.items():
         task.set_env_variable(name, value)
 
@@ -117,7 +117,7 @@ def _place_everywhere(task: Any, placement: StepPlacement) -> None:
 def _place_portably(task: Any, placement: StepPlacement, accelerator: str) -> None:
     _place_everywhere(task, placement)
     _retry(task, placement)
-    task.set_cpu_request(placement.cpu).set_cpu_limit(placement.cpu)  # Vertex chooses the machine by the limit
+    task.set_cpu_limit(placement.cpu)  # Vertex chooses the machine by the limits, and knows no requests
     if placement.gpus:
         task.set_accelerator_type(accelerator).set_accelerator_limit(placement.gpus)
 
@@ -145,6 +145,7 @@ def _place_on_kubernetes(task: Any, placement: StepPlacement) -> None:
     _place_everywhere(task, placement)
     # Kubeflow stops to retry when so much time has passed since the first attempt began, that one's hours included.
     _retry(task, placement, f"{(placement.retries + 1) * placement.timeout_seconds}s")
+    task.set_memory_request(placement.memory)
     task.set_cpu_request(placement.cpu)  # no limit: what is free may be used
     if placement.gpus:
         task.set_accelerator_type(placement.gpu_resource).set_accelerator_limit(placement.gpus)

@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -25,6 +26,20 @@ def config() -> RunConfig:
 def test_checked_in_renderings_are_current(config):
     check_compiled(config)
     assert {path.name for path in COMPILED.iterdir()} == set(render(config))
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in COMPILED.iterdir()))
+def test_each_stale_rendering_is_found(config, file, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "render", lambda *_: {path.name: path.read_text() for path in COMPILED.iterdir()})
+    shutil.copytree(COMPILED, tmp_path, dirs_exist_ok=True)
+    check_compiled(config, tmp_path)
+    path = tmp_path / file
+    text = path.read_text()
+    for stale in (text.replace("tuneloop", "other"), text.replace("workflow", "other"), None):
+        path.unlink() if stale is None else path.write_text(stale)
+        if stale != text:
+            with pytest.raises(UserError, match=f"{file} is not what the pipeline compiles to"):
+                check_compiled(config, tmp_path)
 
 
 def test_other_sdk_version_is_no_difference_and_another_image_is(config, tmp_path):

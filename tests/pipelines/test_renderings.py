@@ -97,6 +97,7 @@ def test_portable_is_the_same_graph_in_one_document():
     assert resources["accelerator"]["resourceType"] == "NVIDIA_L4"
     assert resources["accelerator"]["resourceCount"] == "1"
     assert (resources["resourceCpuLimit"], resources["resourceMemoryLimit"]) == ("8", "48Gi")
+    assert not [key for key in resources if key.endswith("Request")]
 
 
 def test_gitops_objects_hold_the_kubeflow_pipeline():
