@@ -1,6 +1,7 @@
 """`python -m pipelines compile`: the renderings that are checked in, and what the command refuses."""
 
 import contextlib
+import os
 import resource
 import shutil
 import subprocess
@@ -106,6 +107,14 @@ def test_refused_in_one_line_and_nothing_is_written(options, line, tmp_path, cap
     assert message.count("\n") == 1
     assert line in message
     assert not (tmp_path / "new").exists()
+
+
+def test_an_image_from_the_environment_is_refused_in_one_line():
+    command = [sys.executable, "-m", "pipelines", "config", "--config", "configs/demo.toml"]
+    environment = {**os.environ, "TUNELOOP_BASE_IMAGE": "registry/base:latest"}
+    done = subprocess.run(command, cwd=CONFIG.parent.parent, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "base_image: the tag latest may be another image tomorrow" in done.stderr
 
 
 def test_checked_in_folder_is_of_one_config_only(capsys):

@@ -37,6 +37,8 @@ PORTABLE = documents("portable.yaml")
 [TEMPLATE] = documents("workflow_template.yaml")
 [CRON] = documents("cron_workflow.yaml")
 GITOPS = documents("gitops.yaml")
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+SECRET = '{secret="s3", key="%s", optional=%s}'
 HOST = ("hostPath", "hostNetwork", "hostPID", "hostIPC", "hostPort")
 
 
@@ -364,6 +366,20 @@ def test_where_a_run_is_placed_changes_no_fingerprint():
         ),
         (
             ("cluster.secrets=[]", "cluster.env={}"),
+            {"endpoint": "s3.amazonaws.com", "insecure": False, "useSDKCreds": True},
+        ),
+        (
+            (f"cluster.secrets=[{', '.join(SECRET % (key, 'false') for key in KEYS)}]", "cluster.env={}"),
+            {
+                "endpoint": "s3.amazonaws.com",
+                "insecure": False,
+                "accessKeySecret": {"name": "s3", "key": "AWS_ACCESS_KEY_ID"},
+                "secretKeySecret": {"name": "s3", "key": "AWS_SECRET_ACCESS_KEY"},
+                "sessionTokenSecret": {"name": "s3", "key": "AWS_SESSION_TOKEN"},
+            },
+        ),
+        (
+            (f"cluster.secrets=[{', '.join(SECRET % (key, 'true') for key in KEYS)}]", "cluster.env={}"),
             {"endpoint": "s3.amazonaws.com", "insecure": False, "useSDKCreds": True},
         ),
     ],
