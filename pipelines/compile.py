@@ -46,6 +46,8 @@ def compile_pipeline(config: RunConfig, folder: Path = COMPILED, targets: tuple[
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in rendered.items():
             (folder / file).write_text(text, encoding="utf-8")
+        if KUSTOMIZATION in rendered and CRON_WORKFLOW not in rendered:
+            (folder / CRON_WORKFLOW).unlink(missing_ok=True)  # of a schedule that there is no more
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written ({error.strerror}); choose another folder") from None
     return [folder / file for file in rendered]

@@ -85,10 +85,13 @@ def test_one_target_writes_its_files_alone(tmp_path, capsys):
     assert main(["compile", "--target", "argo", "--output", str(tmp_path), "--check"]) == 2
 
 
-def test_without_a_schedule_there_is_no_cron_workflow(config):
+def test_without_a_schedule_there_is_no_cron_workflow(config, tmp_path):
     unscheduled = config.model_copy(update={"cluster": config.cluster.model_copy(update={"schedule": None})})
     assert compiling.CRON_WORKFLOW not in render(unscheduled, ("argo",))
     assert compiling.CRON_WORKFLOW not in render(unscheduled, ("argo",))[compiling.KUSTOMIZATION]
+    for one in (config, unscheduled):  # the schedule was taken out of the config
+        compile_pipeline(one, tmp_path, ("argo",))
+    assert {path.name for path in tmp_path.iterdir()} == {compiling.WORKFLOW_TEMPLATE, compiling.KUSTOMIZATION}
 
 
 @pytest.mark.parametrize(
