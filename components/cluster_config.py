@@ -15,6 +15,7 @@ _DNS_SUBDOMAIN = rf"{_DNS_LABEL}(\.{_DNS_LABEL})*"
 _ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 _TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 _IMAGE = re.compile(rf"[a-z0-9][a-z0-9._:/-]*?(:(?P<tag>{_TAG}))?(@(?P<digest>sha256:[0-9a-f]{{64}}))?")
+PASSWORD_IN_URL = re.compile(r"://[^/\s]*:[^/\s]*@")
 _SECRET_WORDS = {"KEY", "SECRET", "TOKEN", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
 
 
@@ -136,7 +137,7 @@ class ClusterConfig(StrictModel):
     secrets: tuple[SecretVariable, ...] = ()  # none: the service account's cloud role opens the store
     shm: Memory = "8Gi"  # /dev/shm of the steps that hold a model; counts towards their memory
     retries: Annotated[int, Field(ge=0, le=100)] = 3  # of a step that was preempted or found a store unavailable
-    retry_seconds: PositiveInt = 60  # before the first; each later one waits twice as long
+    retry_seconds: PositiveInt = 60  # before the first; later ones wait longer
     keep_days: PositiveInt = 14  # a finished Argo workflow; what it made lies in the object store
     steps: Steps = Steps()
     schedule: ScheduleSettings | None = None  # None: no CronWorkflow
@@ -146,7 +147,7 @@ class ClusterConfig(StrictModel):
         for name, value in self.env.items():
             if name.upper().split("_")[-1] in _SECRET_WORDS or name.upper() == "AWS_ACCESS_KEY_ID":
                 raise ValueError(f"env.{name}: looks like a credential; put it into a Secret and name it in secrets")
-            if re.search(r"://[^/\s]*:[^/\s]*@", value):
+            if PASSWORD_IN_URL.search(value):
                 raise ValueError(f"env.{name}: the URL holds a password; put it into a Secret and name it in secrets")
         names = [*self.env, *(secret.variable for secret in self.secrets)]
         for name in names:

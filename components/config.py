@@ -34,7 +34,7 @@ class RunConfig(StrictModel):
     promote: PromoteConfig = PromoteConfig()
     retrain: RetrainSettings = RetrainSettings()
     tracking: TrackingSettings = TrackingSettings()
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)  # its images may come from the environment
 
     @model_validator(mode="after")
     def _algorithm_follows_the_task(self) -> "RunConfig":

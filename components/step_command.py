@@ -9,7 +9,7 @@ from typing import Any
 from components.command_line import CommandLine
 from components.config import RunConfig, load_run_config
 from components.exit_codes import exit_code_of
-from components.node import publish_config, run_framed, write_outputs
+from components.node import publish_config, run_folder, run_framed, write_outputs
 from components.parameters import PARAMETERS, resolve_parameters
 from components.runner import Step, execute
 from tuneloop.errors import UserError
@@ -84,4 +84,4 @@ def _run_uri(output: str, step: Step) -> str:
         )
     if name != step.name:
         raise UserError(f"--output {output}: with --node it is <run>/{step.name}")
-    return run
+    return run_folder(run, due="")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from components.config import RunConfig
-from pipelines.placement import require_reachable
+from pipelines.placement import require_no_password, require_reachable
 from tuneloop.errors import UserError
 
 COMPILED = Path(__file__).resolve().parent / "compiled"
@@ -28,6 +28,7 @@ def render(config: RunConfig, targets: tuple[str, ...] = TARGETS) -> dict[str, s
         UserError: the config cannot run on a cluster, or not on a target.
     """
     require_reachable(config)
+    require_no_password(config)
     from pipelines.kfp_rendering import kubernetes_package
 
     package = functools.cache(lambda: kubernetes_package(config))  # several renderings are made from it
@@ -45,6 +46,8 @@ def compile_pipeline(config: RunConfig, folder: Path = COMPILED, targets: tuple[
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in rendered.items():
             (folder / file).write_text(text, encoding="utf-8")
+        if KUSTOMIZATION in rendered and CRON_WORKFLOW not in rendered:
+            (folder / CRON_WORKFLOW).unlink(missing_ok=True)  # of a schedule that there is no more
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written ({error.strerror}); choose another folder") from None
     return [folder / file for file in rendered]

@@ -10,9 +10,10 @@ from typing import Any
 
 from components.config import RunConfig
 from components.images import TRAIN_IMAGE
-from pipelines.placement import StepPlacement, object_name, place
+from pipelines.placement import LONGEST_WAIT_SECONDS, StepPlacement, object_name, place
 from tuneloop.errors import UserError
 
+NOT_RETRIED = ("check", "report")  # Kubeflow repeats whatever failed, and what check refuses it refuses again
 # https://cloud.google.com/vertex-ai/docs/reference/rest/v1/MachineSpec#AcceleratorType
 VERTEX_ACCELERATORS = {
     "l4-24gb": "NVIDIA_L4",
@@ -108,7 +109,7 @@ def _compiled(config: RunConfig, place_task: Callable[[Any, StepPlacement], None
 def _place_everywhere(task: Any, placement: StepPlacement) -> None:
     """What the IR itself can say."""
     task.set_container_image(placement.image)
-    task.set_memory_request(placement.memory).set_memory_limit(placement.memory)
+    task.set_memory_limit(placement.memory)
     for name, value in placement.env.items():
         task.set_env_variable(name, value)
 
@@ -116,14 +117,16 @@ def _place_everywhere(task: Any, placement: StepPlacement) -> None:
 def _place_portably(task: Any, placement: StepPlacement, accelerator: str) -> None:
     _place_everywhere(task, placement)
     _retry(task, placement)
-    task.set_cpu_request(placement.cpu).set_cpu_limit(placement.cpu)  # Vertex chooses the machine by the limit
+    task.set_cpu_limit(placement.cpu)  # Vertex chooses the machine by the limits, and knows no requests
     if placement.gpus:
         task.set_accelerator_type(accelerator).set_accelerator_limit(placement.gpus)
 
 
 def _retry(task: Any, placement: StepPlacement, longest: str | None = None) -> None:
-    if placement.retries:
-        task.set_retry(placement.retries, f"{placement.retry_seconds}s", 2.0, longest)
+    if placement.retries and placement.step not in NOT_RETRIED:
+        last_wait = placement.retry_seconds * 2 ** (placement.retries - 1)
+        factor = 2.0 if last_wait <= LONGEST_WAIT_SECONDS else 1.0  # there is no upper limit to give
+        task.set_retry(placement.retries, f"{placement.retry_seconds}s", factor, longest)
 
 
 def _accelerator(config: RunConfig, placement: StepPlacement) -> str:
@@ -142,6 +145,7 @@ def _place_on_kubernetes(task: Any, placement: StepPlacement) -> None:
     _place_everywhere(task, placement)
     # Kubeflow stops to retry when so much time has passed since the first attempt began, that one's hours included.
     _retry(task, placement, f"{(placement.retries + 1) * placement.timeout_seconds}s")
+    task.set_memory_request(placement.memory)
     task.set_cpu_request(placement.cpu)  # no limit: what is free may be used
     if placement.gpus:
         task.set_accelerator_type(placement.gpu_resource).set_accelerator_limit(placement.gpus)

@@ -3,22 +3,24 @@
 Both backends' renderings read the same placement; it imports neither torch nor kfp.
 """
 
+import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from components.cluster_config import SecretVariable, StepResources, Toleration
+from components.cluster_config import PASSWORD_IN_URL, SecretVariable, StepResources, Toleration
 from components.config import RunConfig
-from tuneloop.config import config_digest
 from tuneloop.errors import UserError
 
 HOLDS_A_MODEL = ("sft_warmup", "lora_rl", "evaluate")  # on the GPU, where there is one; rollouts go through /dev/shm
-NOT_RETRIED = ("check", "report")  # what check refuses it refuses again; a report can be made at any time
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 PART_OF_LABEL, STEP_LABEL = "app.kubernetes.io/part-of", "app.kubernetes.io/component"
 
 _NAME_LENGTH = 40  # of an object: Argo adds a time to a CronWorkflow's, and a label's value ends at 63
 _HOUR = 3600
+LONGEST_WAIT_SECONDS = 1800  # before a retry, however many there were
 _USUAL = {  # CPUs, memory, seconds of one attempt
     "check": ("1", "4Gi", _HOUR),
     "data_prep": ("2", "8Gi", 6 * _HOUR),
@@ -41,7 +43,7 @@ class StepPlacement:
         cpu, memory: Kubernetes quantities.
         gpus: how many of `gpu_resource`; 0: none.
         timeout_seconds: of one attempt.
-        retries: after a preemption; the first after `retry_seconds`, each later one after twice as long.
+        retries: after a preemption; the first after `retry_seconds`.
         shm: size of /dev/shm; empty: the container runtime's own.
         secrets: keys of Secrets that become environment variables.
     """
@@ -90,7 +92,7 @@ def place(config: RunConfig, step: str, image: str) -> StepPlacement:
         gpus=gpus,
         gpu_resource=cluster.gpu_resource,
         timeout_seconds=asked.timeout_seconds or seconds,
-        retries=0 if step in NOT_RETRIED else cluster.retries,
+        retries=cluster.retries,
         retry_seconds=cluster.retry_seconds,
         shm=cluster.shm if step in HOLDS_A_MODEL and not launches else "",
         labels=labels,
@@ -115,7 +117,7 @@ def object_name(config: RunConfig) -> str:
     """What the run's pipeline is called on every console: `tuneloop-<config name>` as Kubernetes takes names."""
     name = re.sub(r"[^a-z0-9]+", "-", config.name).strip("-")
     if len(name) > _NAME_LENGTH:
-        name = f"{name[: _NAME_LENGTH - 7].strip('-')}-{config_digest(config)[:6]}"
+        name = f"{name[: _NAME_LENGTH - 7].strip('-')}-{hashlib.sha256(config.name.encode()).hexdigest()[:6]}"
     return f"tuneloop-{name}"
 
 
@@ -131,3 +133,29 @@ def require_reachable(config: RunConfig) -> None:
             f"promote.registry = {registry}: is a folder, and every step of a cluster has a disk of its own; set it to "
             "s3://bucket/prefix"
         )
+
+
+def require_no_password(config: RunConfig) -> None:
+    """Refuse a password in a URL: every rendering holds the whole config.
+
+    Raises:
+        UserError: names the setting, not the password.
+    """
+    for setting, value in _texts(config.model_dump(mode="json")):
+        if PASSWORD_IN_URL.search(value):
+            raise UserError(
+                f"{setting}: the URL holds a password, and everybody who sees the pipeline would see it; put it into a "
+                "Secret and name that in cluster.secrets"
+            )
+
+
+def _texts(value: Any, setting: str = "") -> Iterator[tuple[str, str]]:
+    """(setting, value) of every text in a config."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _texts(child, f"{setting}.{key}" if setting else key)
+    elif isinstance(value, list):
+        for number, child in enumerate(value):
+            yield from _texts(child, f"{setting}[{number}]")
+    elif isinstance(value, str):
+        yield setting, value

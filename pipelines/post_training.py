@@ -58,7 +58,7 @@ def build_pipeline(place: Place = lambda step, task: None, config_json: str = ""
 
         Args:
             config: the run's config as JSON.
-            output_uri: the run folder; has to be given. {schedule_time} in it is the time of a schedule's tick.
+            output_uri: the run folder; has to be given.
             base_model: model.uri; as in the config when empty, like every parameter below at its default.
             dataset_uri: the first data source's uri.
             updates: lora_rl.updates.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from components.command_line import CommandLine
 from components.exit_codes import exit_code_of
-from tuneloop.errors import UserError
+from components.node import run_folder
 from tuneloop.storage import is_remote, join_uri
 
 
@@ -23,9 +23,7 @@ def run(run_uri: str, error: str = "", copy: Path | None = None) -> None:
     """
     from tuneloop.report import report_of
 
-    if not run_uri:
-        raise UserError("output_uri: is empty; name the run folder, such as s3://bucket/runs/first")
-    with report_of(run_uri, error) as folder:
+    with report_of(run_folder(run_uri, due=""), error) as folder:
         page = folder / "report" / "report.html"
         if copy:
             copy.parent.mkdir(parents=True, exist_ok=True)

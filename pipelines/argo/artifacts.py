@@ -9,7 +9,11 @@ from urllib.parse import urlsplit
 
 from components.config import RunConfig
 
-_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+_CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "accessKeySecret",
+    "AWS_SECRET_ACCESS_KEY": "secretKeySecret",
+    "AWS_SESSION_TOKEN": "sessionTokenSecret",  # temporary ones alone have it
+}
 _PARTS = "split(trimSuffix(inputs.parameters.output_uri, '/'), '/')"  # of s3://bucket/prefix: s3:, empty, bucket, …
 
 
@@ -39,7 +43,11 @@ def _store(config: RunConfig) -> dict[str, Any]:
     store: dict[str, Any] = {"endpoint": endpoint.netloc, "insecure": endpoint.scheme == "http"}
     if region := env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"):
         store["region"] = region
-    secrets = {secret.variable: {"name": secret.secret, "key": secret.key} for secret in config.cluster.secrets}
-    if all(name in secrets for name in _KEYS):
-        return store | {"accessKeySecret": secrets[_KEYS[0]], "secretKeySecret": secrets[_KEYS[1]]}
-    return store | {"useSDKCreds": True}
+    secrets = {
+        secret.variable: {"name": secret.secret, "key": secret.key}
+        for secret in config.cluster.secrets
+        if not secret.optional and (not secret.steps or "report" in secret.steps)  # Argo's pod waits for a missing one
+    }
+    if not {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= secrets.keys():
+        return store | {"useSDKCreds": True}
+    return store | {field: secrets[name] for name, field in _CREDENTIALS.items() if name in secrets}

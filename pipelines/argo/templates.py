@@ -5,7 +5,7 @@ from typing import Any
 from components.config import RunConfig
 from pipelines.argo.artifacts import report_artifact
 from pipelines.argo.graph import Graph, Group, Output, Parameter, StepNode
-from pipelines.placement import StepPlacement, place
+from pipelines.placement import LONGEST_WAIT_SECONDS, StepPlacement, place
 from tuneloop.errors import EXIT_TRY_AGAIN
 
 Template = dict[str, Any]
@@ -17,9 +17,14 @@ VERDICTS = {
     Output("data-prep", "Output"): ("changed", "changed"),
     Output("evaluate", "Output"): ("passed", "gate_passed"),
 }
-_SIGTERM = 128 + 15
-# Not "Failed" with another code: what a step refuses once it refuses again. Argo gives -1 where there is no code.
-_RETRY_WHEN = f"lastRetry.status == 'Error' || asInt(lastRetry.exitCode) in [{EXIT_TRY_AGAIN}, {_SIGTERM}]"
+_SIGTERM, _SIGKILL, _UNKNOWN = 128 + 15, 128 + 9, -1
+# Not "Failed" with another code: what a step refuses once it refuses again. An evicted pod and one on a node that was
+# shut down are "Failed" too, killed when their grace was over, or without a code where nobody could tell it any more.
+_RETRY_WHEN = (
+    f"lastRetry.status == 'Error' || asInt(lastRetry.exitCode) in [{EXIT_TRY_AGAIN}, {_SIGTERM}] || "
+    f"(asInt(lastRetry.exitCode) in [{_UNKNOWN}, {_SIGKILL}] && !(lastRetry.message contains 'OOMKilled'))"
+)
+_AT_ONCE = ("check", "report")  # Argo waits before it looks whether to retry: people would wait for a refusal
 _USUAL_GRACE_SECONDS = 30  # between SIGTERM and SIGKILL, as Kubernetes has it
 _GRACE_MARGIN_SECONDS = 40  # for what follows the grace: saving, and uploading what was saved
 
@@ -80,10 +85,7 @@ def _step(node: StepNode, config: RunConfig, graph: Graph, conditions: set[Outpu
     if is_exit:
         template["outputs"] = {"artifacts": [report_artifact(config, f"{OUTPUTS}/report.html")]}
     if placement.retries:
-        backoff = {"duration": f"{placement.retry_seconds}s", "factor": 2}
-        template["retryStrategy"] = {
-            "limit": placement.retries, "retryPolicy": "Always", "expression": _RETRY_WHEN, "backoff": backoff,
-        }  # fmt: skip
+        template["retryStrategy"] = _retry_strategy(placement)
     if placement.node_selector:
         template["nodeSelector"] = placement.node_selector
     if placement.tolerations:
@@ -91,6 +93,14 @@ def _step(node: StepNode, config: RunConfig, graph: Graph, conditions: set[Outpu
     if patch := _grace(config, node.step):
         template["podSpecPatch"] = patch
     return template
+
+
+def _retry_strategy(placement: StepPlacement) -> Template:
+    strategy = {"limit": placement.retries, "retryPolicy": "Always", "expression": _RETRY_WHEN}
+    if placement.step in _AT_ONCE:
+        return strategy
+    cap = max(placement.retry_seconds, LONGEST_WAIT_SECONDS)
+    return strategy | {"backoff": {"duration": f"{placement.retry_seconds}s", "factor": 2, "cap": f"{cap}s"}}
 
 
 def _arguments(node: StepNode) -> list[str]:

@@ -12,7 +12,7 @@ from components.check.hardware import refusal
 from components.check.plan_inputs import plan_inputs
 from components.config import RunConfig
 from pipelines.kfp_rendering import config_text
-from pipelines.placement import require_reachable
+from pipelines.placement import require_no_password, require_reachable
 from tuneloop.errors import UserError
 from tuneloop.plan.devices import find_gpu
 from tuneloop.plan.plan import make_plan
@@ -70,6 +70,7 @@ def prepare(config: RunConfig, runs_uri: str, name: str | None = None) -> Submis
             "s3://bucket/prefix, the folder of all runs"
         )
     require_reachable(config)
+    require_no_password(config)
     _require_fetchable(config)
     if name is not None and not re.fullmatch(_NAME, name):
         raise UserError(f"--run {name!r}: use at most 52 of a-z, 0-9 and '-', and neither begin nor end with '-'")

@@ -120,3 +120,9 @@ def test_names_of_objects_are_kubernetes_names(name, expected):
     found = object_name(tiny_config(f"name={name}"))
     assert found.startswith(expected)
     assert len(found) <= 52 - 3  # Argo takes no longer name of a CronWorkflow than 52
+
+
+def test_an_object_keeps_its_name_when_the_config_changes():
+    found = {object_name(tiny_config(f"name={'x' * 63}", f"lora_rl.updates={updates}")) for updates in (2, 3)}
+    assert len(found) == 1
+    assert found != {object_name(tiny_config(f"name={'x' * 62}y"))}

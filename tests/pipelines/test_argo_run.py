@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from components.report.step import main as report
 from components.step_command import main as run_step
-from pipelines.argo import argo_objects
 from pipelines.argo.objects import workflow
+from pipelines.compile import WORKFLOW_TEMPLATE, compile_pipeline
 from pipelines.steps import STEPS
 from tests.s3_server import BUCKET, s3_server  # noqa: F401 - a fixture
 from tests.tiny_run import tiny_config
@@ -90,8 +91,10 @@ def _filled(text: str, variables: dict[str, str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def template() -> dict[str, Any]:
-    return argo_objects(tiny_config(*SETTINGS))[0]
+def template(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("compiled")
+    compile_pipeline(tiny_config(*SETTINGS), folder, ("argo",))
+    return yaml.safe_load((folder / WORKFLOW_TEMPLATE).read_text())
 
 
 def run(template: dict[str, Any], scratch: Path, name: str) -> Interpreter:

@@ -1,7 +1,9 @@
 """`python -m pipelines compile`: the renderings that are checked in, and what the command refuses."""
 
 import contextlib
+import os
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -25,6 +27,20 @@ def config() -> RunConfig:
 def test_checked_in_renderings_are_current(config):
     check_compiled(config)
     assert {path.name for path in COMPILED.iterdir()} == set(render(config))
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in COMPILED.iterdir()))
+def test_each_stale_rendering_is_found(config, file, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "render", lambda *_: {path.name: path.read_text() for path in COMPILED.iterdir()})
+    shutil.copytree(COMPILED, tmp_path, dirs_exist_ok=True)
+    check_compiled(config, tmp_path)
+    path = tmp_path / file
+    text = path.read_text()
+    for stale in (text.replace("tuneloop", "other"), text.replace("workflow", "other"), None):
+        path.unlink() if stale is None else path.write_text(stale)
+        if stale != text:
+            with pytest.raises(UserError, match=f"{file} is not what the pipeline compiles to"):
+                check_compiled(config, tmp_path)
 
 
 def test_other_sdk_version_is_no_difference_and_another_image_is(config, tmp_path):
@@ -69,10 +85,13 @@ def test_one_target_writes_its_files_alone(tmp_path, capsys):
     assert main(["compile", "--target", "argo", "--output", str(tmp_path), "--check"]) == 2
 
 
-def test_without_a_schedule_there_is_no_cron_workflow(config):
+def test_without_a_schedule_there_is_no_cron_workflow(config, tmp_path):
     unscheduled = config.model_copy(update={"cluster": config.cluster.model_copy(update={"schedule": None})})
     assert compiling.CRON_WORKFLOW not in render(unscheduled, ("argo",))
     assert compiling.CRON_WORKFLOW not in render(unscheduled, ("argo",))[compiling.KUSTOMIZATION]
+    for one in (config, unscheduled):  # the schedule was taken out of the config
+        compile_pipeline(one, tmp_path, ("argo",))
+    assert {path.name for path in tmp_path.iterdir()} == {compiling.WORKFLOW_TEMPLATE, compiling.KUSTOMIZATION}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +110,14 @@ def test_refused_in_one_line_and_nothing_is_written(options, line, tmp_path, cap
     assert message.count("\n") == 1
     assert line in message
     assert not (tmp_path / "new").exists()
+
+
+def test_an_image_from_the_environment_is_refused_in_one_line():
+    command = [sys.executable, "-m", "pipelines", "config", "--config", "configs/demo.toml"]
+    environment = {**os.environ, "TUNELOOP_BASE_IMAGE": "registry/base:latest"}
+    done = subprocess.run(command, cwd=CONFIG.parent.parent, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "base_image: the tag latest may be another image tomorrow" in done.stderr
 
 
 def test_checked_in_folder_is_of_one_config_only(capsys):

@@ -4,6 +4,8 @@ import importlib
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,12 +29,17 @@ from pipelines.kfp_rendering import config_text
 from pipelines.steps import STEPS
 from tests.cluster.schemas import KUBERNETES_VERSIONS, problems
 from tests.pipelines.graphs import documents, read_argo, read_kubeflow
+from tests.tiny_run import tiny_config
+from tuneloop.errors import UserError
 
 KUBEFLOW = documents("kubernetes.yaml")
 PORTABLE = documents("portable.yaml")
 [TEMPLATE] = documents("workflow_template.yaml")
 [CRON] = documents("cron_workflow.yaml")
 GITOPS = documents("gitops.yaml")
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+SECRET = '{secret="s3", key="%s", optional=%s}'
+HOST = ("hostPath", "hostNetwork", "hostPID", "hostIPC", "hostPort")
 
 
 def values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -52,6 +59,8 @@ def test_argo_and_kubeflow_are_the_same_pipeline():
     assert argo.after == kubeflow.after
     assert argo.conditions == kubeflow.conditions
     assert argo.inputs == kubeflow.inputs
+    for step in ("check", "report"):  # Argo can tell a preemption from a refusal, and repeats them after the one
+        assert (argo.pods[step].pop("retries"), kubeflow.pods[step].pop("retries")) == (3, 0)
     assert argo.pods == kubeflow.pods
     assert argo.parameters.keys() == kubeflow.parameters.keys()
     for name, default in kubeflow.parameters.items():
@@ -90,6 +99,7 @@ def test_portable_is_the_same_graph_in_one_document():
     assert resources["accelerator"]["resourceType"] == "NVIDIA_L4"
     assert resources["accelerator"]["resourceCount"] == "1"
     assert (resources["resourceCpuLimit"], resources["resourceMemoryLimit"]) == ("8", "48Gi")
+    assert not [key for key in resources if key.endswith("Request")]
 
 
 def test_gitops_objects_hold_the_kubeflow_pipeline():
@@ -172,7 +182,7 @@ def test_no_step_is_cached_by_the_backend():
 @pytest.mark.parametrize("file", sorted(path.name for path in COMPILED.iterdir()))
 def test_nothing_that_must_not_be_there(file):
     text = (COMPILED / file).read_text()
-    for forbidden in ("hostPath", "hostNetwork", "hostPID", "hostIPC", "privileged", "kind: Secret", "stringData"):
+    for forbidden in (*HOST, "privileged", "kind: Secret", "stringData"):
         assert forbidden not in text
     for path, value in values(documents(file)):
         if path.endswith(".image"):
@@ -189,6 +199,20 @@ def test_no_value_of_a_secret_gets_into_a_rendering(monkeypatch):
     assert not any("the-value-of-a-secret" in text for text in render(config).values())
 
 
+@pytest.mark.parametrize(
+    ("override", "setting"),
+    [
+        ('tracking.mlflow={uri="https://me:the-password@mlflow.example"}', "tracking.mlflow.uri"),
+        ('data_prep.sources=[{kind="jsonl", uri="https://me:the-password@data.example"}]', "data_prep.sources[0].uri"),
+    ],
+)
+def test_no_password_of_a_url_gets_into_a_rendering(override, setting):
+    with pytest.raises(UserError, match="the URL holds a password") as refused:
+        render(load_run_config(CONFIG, (override,)))
+    assert str(refused.value).startswith(f"{setting}: ")
+    assert "the-password" not in str(refused.value)
+
+
 def test_argo_pods_are_restricted():
     spec = TEMPLATE["spec"]
     user = {"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000}  # of Argo's own containers too
@@ -203,14 +227,42 @@ def test_argo_pods_are_restricted():
         assert all("emptyDir" in volume for volume in template["volumes"])
 
 
-def test_argo_retries_what_was_preempted_and_not_what_was_refused():
-    for template in TEMPLATE["spec"]["templates"]:
-        if template["name"] in ("check", "report") or "container" not in template:
-            assert "retryStrategy" not in template
-            continue
-        strategy = template["retryStrategy"]
-        assert strategy["expression"] == "lastRetry.status == 'Error' || asInt(lastRetry.exitCode) in [75, 143]"
-        assert "maxDuration" not in strategy["backoff"]  # it counts from the first attempt, hours of training included
+# What Argo's controller makes of a lost pod: phase of the node, exit code of its container ("-1": none), message.
+@pytest.mark.parametrize(
+    ("status", "code", "message", "again"),
+    [
+        ("Error", "-1", "pod deleted", True),
+        ("Failed", "75", "main: Error (exit code 75)", True),
+        ("Failed", "143", "main: Error (exit code 143)", True),
+        ("Failed", "137", "Pod was terminated in response to imminent node shutdown.", True),
+        ("Failed", "137", "The node was low on resource: memory.", True),
+        ("Failed", "-1", "pod failed: neither main nor wait container completed successfully", True),
+        ("Failed", "-1", "Pod was rejected: Allocate failed due to no healthy devices present", True),
+        ("Failed", "137", "main: OOMKilled (exit code 137)", False),
+        ("Failed", "2", "main: Error (exit code 2)", False),
+        ("Failed", "1", "main: Error (exit code 1)", False),
+    ],
+)
+def test_argo_retries_what_was_preempted_and_not_what_was_refused(status, code, message, again):
+    steps = [template for template in TEMPLATE["spec"]["templates"] if "container" in template]
+    [expression] = {template["retryStrategy"]["expression"] for template in steps}
+    python = re.sub(r"([\w.]+) contains ('[^']*')", r"\2 in \1", expression)
+    for theirs, ours in (("||", "or"), ("&&", "and"), ("!(", "not (")):
+        python = python.replace(theirs, ours)
+    last = SimpleNamespace(status=status, exitCode=code, message=message)
+    assert eval(python, {"lastRetry": last, "asInt": int}) is again
+
+
+def test_waits_before_retries_do_not_grow_without_end():
+    strategies = {one["name"]: one["retryStrategy"] for one in TEMPLATE["spec"]["templates"] if "container" in one}
+    for name, strategy in strategies.items():
+        # no maxDuration: it counts from the first attempt, hours of training included
+        usual = {"duration": "60s", "factor": 2, "cap": "1800s"}
+        assert strategy.get("backoff") == (None if name in ("check", "report") else usual)
+    config = load_run_config(CONFIG, ("cluster.retries=20",))
+    spec = yaml.safe_load(render(config, ("portable",))["portable.yaml"])
+    policy = spec["components"]["comp-condition-2"]["dag"]["tasks"]["lora-rl"]["retryPolicy"]
+    assert (policy["maxRetryCount"], policy["backoffFactor"]) == (20, 1.0)
 
 
 def test_kubeflow_goes_on_retrying_after_hours_of_training():
@@ -247,6 +299,35 @@ def test_steps_accept_the_options_they_are_given():
         parsed = parser_of(step).parse_args(template["container"]["args"])
         assert parsed.node
         assert {name for name in step.inputs if getattr(parsed, name)} == set(step.inputs)
+
+
+def test_run_folder_of_a_tick_is_refused_where_nobody_fills_in_its_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    check = ["--config", config_text(load_run_config(CONFIG)), "--output", "runs/{schedule_time}/check", "--node"]
+    assert run_step(CHECK, check) == 2
+    assert report(["--run", "runs/{schedule_time}"]) == 2
+    assert capsys.readouterr().err.count("{schedule_time} is the time of a schedule's tick, and this run has none") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_parameter_reaches_the_run(tmp_path, monkeypatch):
+    """The check step's command line, with each parameter as a console fills it in."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config('data_prep.sources=[{kind="jsonl", uri="elsewhere.jsonl"}]')
+    Path("rows.jsonl").write_text("".join(f'{{"prompt": "What follows {n}?", "answer": "7"}}\n' for n in range(9)))
+    given = {"config": config_text(config), "base_model": "tiny://qwen2?seed=1", "dataset_uri": "rows.jsonl",
+             "updates": "7", "lora_rank": "2", "learning_rate": "0.002", "adapter_name": "other"}  # fmt: skip
+    node = {"output_uri": str(tmp_path / "run"), "schedule_time": "2026-01-09T13:00:00Z"}
+    assert given.keys() | node.keys() == {one["name"] for one in TEMPLATE["spec"]["arguments"]["parameters"]}
+    [check] = [one for one in TEMPLATE["spec"]["templates"] if one["name"] == "check"]
+    variables = {f"workflow.parameters.{key}": value for key, value in given.items()}
+    variables |= {f"inputs.parameters.{key}": value for key, value in node.items()}
+    args = [re.sub(r"\{\{(.*?)\}\}", lambda found: variables[found[1]], text) for text in check["container"]["args"]]
+    assert run_step(CHECK, args) == 0
+    resolved = load_run_config("run/config.json")
+    assert (resolved.model.uri, resolved.data_prep.sources[0].uri) == ("tiny://qwen2?seed=1", "rows.jsonl")
+    assert (resolved.lora_rl.updates, resolved.lora.rank, resolved.lora_rl.optimizer.learning_rate) == (7, 2, 0.002)
+    assert resolved.promote.adapter_name == "other"
 
 
 def test_run_without_output_uri_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
@@ -286,6 +367,20 @@ def test_where_a_run_is_placed_changes_no_fingerprint():
         ),
         (
             ("cluster.secrets=[]", "cluster.env={}"),
+            {"endpoint": "s3.amazonaws.com", "insecure": False, "useSDKCreds": True},
+        ),
+        (
+            (f"cluster.secrets=[{', '.join(SECRET % (key, 'false') for key in KEYS)}]", "cluster.env={}"),
+            {
+                "endpoint": "s3.amazonaws.com",
+                "insecure": False,
+                "accessKeySecret": {"name": "s3", "key": "AWS_ACCESS_KEY_ID"},
+                "secretKeySecret": {"name": "s3", "key": "AWS_SECRET_ACCESS_KEY"},
+                "sessionTokenSecret": {"name": "s3", "key": "AWS_SESSION_TOKEN"},
+            },
+        ),
+        (
+            (f"cluster.secrets=[{', '.join(SECRET % (key, 'true') for key in KEYS)}]", "cluster.env={}"),
             {"endpoint": "s3.amazonaws.com", "insecure": False, "useSDKCreds": True},
         ),
     ],
