@@ -432,3 +432,57 @@ def test_a_replaced_object_is_not_joined_to_the_start_of_the_old_one(s3_server, 
         storage.write_bytes("big", b"b" * 3_000_000)
         with pytest.raises(TryAgain, match="was replaced"):
             stream.read()
+
+
+def test_a_multipart_upload_whose_last_answer_was_lost_is_there(s3_server, tmp_path):  # noqa: F811
+    storage = open_storage(f"s3://{BUCKET}")
+    (tmp_path / "big").write_bytes(os.urandom(9_000_000))
+    s3_server.lose_completions = 1
+    digest = storage.put_file(tmp_path / "big", "big")
+    assert storage.get_file("big", tmp_path / "back") == digest
+    s3_server.refuse["POST", 404, "NoSuchUpload"] = 99
+    with pytest.raises(TryAgain, match="ended by the server"):
+        storage.put_file(tmp_path / "big", "other")
+
+
+def test_checksums_behind_the_body_can_be_left_out(s3_server, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    storage = open_storage(f"s3://{BUCKET}")
+    (tmp_path / "big").write_bytes(os.urandom(9_000_000))
+    digest = storage.put_file(tmp_path / "big", "big")
+    storage.write_bytes("small", b"x")
+    for key in ("big", "small"):
+        head = s3_server.client().head_object(Bucket=BUCKET, Key=key, ChecksumMode="ENABLED")
+        assert "ChecksumSHA256" not in head
+    assert storage.get_file("big", tmp_path / "back") == digest
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind", "message"),
+    [
+        (501, "NotImplemented", UserError, "conditional writes"),
+        (400, "ExpiredToken", UserError, "expired"),
+        (403, "RequestTimeTooSkewed", UserError, "clock"),
+        (400, "AuthorizationHeaderMalformed", UserError, "AWS_REGION"),
+        (400, "IncompleteBody", TryAgain, "unavailable"),
+    ],
+)
+def test_s3_refusals_say_what_to_do(s3_server, monkeypatch, status, code, kind, message):  # noqa: F811
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    storage = open_storage(f"s3://{BUCKET}")
+    s3_server.refuse["PUT", status, code] = 9
+    with pytest.raises(kind, match=message):
+        storage.write_bytes("a", b"x", if_version=ABSENT)
+
+
+def test_a_login_that_has_ended_is_one_clear_line(s3_server, monkeypatch):  # noqa: F811
+    from botocore.exceptions import UnauthorizedSSOTokenError
+
+    storage = open_storage(f"s3://{BUCKET}")
+
+    def ended(**_: object) -> None:
+        raise UnauthorizedSSOTokenError
+
+    monkeypatch.setattr(storage._client, "delete_object", ended)  # pyright: ignore
+    with pytest.raises(UserError, match="SSO session"):
+        storage.delete("a")
