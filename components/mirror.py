@@ -16,6 +16,7 @@ import threading
 from pathlib import Path
 
 from tuneloop.checkpoint import MARKER
+from tuneloop.errors import TryAgain
 from tuneloop.storage import Damaged, NotFound, Storage, is_reserved
 
 FINGERPRINT = "fingerprint"  # in a partial output: what it is being made from
@@ -143,7 +144,12 @@ def saved_update(storage: Storage) -> str | None:
 
 
 def restore(storage: Storage, partial: Path) -> None:
-    """Make `partial` what the store holds: its newest checkpoint and the logs; a newer one on this machine is kept."""
+    """Make `partial` what the store holds: its newest checkpoint and the logs; a newer one on this machine is kept.
+
+    Raises:
+        TryAgain: the store is unavailable, or the checkpoint was replaced while it was fetched.
+        Damaged: it differs from its checksum.
+    """
     name = saved_update(storage)
     here = newest_checkpoint(partial)
     if name is None or (here is not None and _number(here.name) >= _number(name)):
@@ -157,6 +163,8 @@ def restore(storage: Storage, partial: Path) -> None:
                 storage.get_file(key, fetched / key)
         shutil.rmtree(partial, ignore_errors=True)
         os.replace(fetched, partial)
+    except NotFound as error:
+        raise TryAgain(f"{error}: another pod has replaced the checkpoint while it was fetched") from None
     finally:
         shutil.rmtree(fetched, ignore_errors=True)
 

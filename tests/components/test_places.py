@@ -261,6 +261,18 @@ def test_a_pod_that_is_behind_leaves_the_newer_checkpoint_of_another(tmp_path):
     assert "checkpoints/update-000007/x" in storage.list()
 
 
+def test_checkpoint_that_leaves_while_it_is_fetched_is_tried_again(tmp_path, monkeypatch):
+    partial, storage = tmp_path / "out.partial", open_storage(f"{RUN}/out.partial")
+    save(partial, 1, "one")
+    Mirror(partial, storage).send()
+    listed = storage.list()
+    storage.delete("checkpoints/update-000001/x")
+    monkeypatch.setattr(storage, "list", lambda *_: listed)
+    with pytest.raises(TryAgain, match="while it was fetched"):
+        restore(storage, tmp_path / "other.partial")
+    assert not (tmp_path / "other.partial").exists()
+
+
 def test_what_is_wrong_with_one_sending_does_not_end_the_sending(tmp_path, monkeypatch, capsys):
     partial, storage = tmp_path / "out.partial", open_storage(f"{RUN}/out.partial")
     send, calls = Mirror.send, []
