@@ -1,10 +1,15 @@
 """S3's own ways to fail, over real HTTP."""
 
 import os
+import shutil
+import ssl
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from werkzeug.serving import make_server
 
 from tests.s3_server import BUCKET, s3_server  # noqa: F401
 from tuneloop.errors import TryAgain, UserError
@@ -172,3 +177,24 @@ def test_a_login_that_has_ended_is_one_clear_line(s3_server, monkeypatch):  # no
     monkeypatch.setattr(storage._client, "delete_object", ended)  # pyright: ignore
     with pytest.raises(UserError, match="SSO session"):
         storage.delete("a")
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="the openssl command is missing")
+def test_a_server_that_nobody_vouches_for_is_the_users_to_mend(monkeypatch, tmp_path):
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-days", "1",
+         "-keyout", tmp_path / "key", "-out", tmp_path / "certificate"], capture_output=True,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    server = make_server("127.0.0.1", 0, lambda *_: [], ssl_context=context)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {"AWS_ENDPOINT_URL": f"https://127.0.0.1:{server.port}", "AWS_MAX_ATTEMPTS": "1",
+                        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    try:
+        with pytest.raises(UserError, match="AWS_CA_BUNDLE"):
+            open_storage(f"s3://{BUCKET}").read_bytes("a")
+    finally:
+        server.shutdown()

@@ -303,6 +303,8 @@ def _clear_errors(name: str) -> Iterator[None]:
         exceptions.FlexibleChecksumError,
         exceptions.CredentialRetrievalError,
     ) as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise UserError(f"{name}: {error}; set AWS_CA_BUNDLE to a file with the server's authority") from None
         raise TryAgain(f"{name}: storage cannot be reached ({error})") from None
     except ValueError as error:
         if "Invalid endpoint" in str(error):
