@@ -151,7 +151,7 @@ def _promote_and_die(config: RunConfig, inputs: dict[str, str], output: Path, pu
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("puts", range(8))  # claim, its proof, two files, version.json, proof of If-Match, alias; 7: later
+@pytest.mark.parametrize("puts", range(8))  # claim, its proof, two files, version.json, another proof, alias; 7: end
 def test_killed_at_any_put_the_same_command_finishes_the_job(config, registry, tmp_path, puts):
     execute(STEP, config, run_outputs(tmp_path / "1", seed=1), str(tmp_path / "1" / "promote"))
     inputs = run_outputs(tmp_path / "2", seed=2, incumbent=named(registry))
