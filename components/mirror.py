@@ -16,8 +16,8 @@ import threading
 from pathlib import Path
 
 from tuneloop.checkpoint import MARKER
-from tuneloop.errors import TuneloopError
-from tuneloop.storage import Storage, is_reserved
+from tuneloop.errors import TryAgain
+from tuneloop.storage import Damaged, NotFound, Storage, is_reserved
 
 FINGERPRINT = "fingerprint"  # in a partial output: what it is being made from
 CHECKPOINTS = "checkpoints"  # in a resumable step's partial output: without it there is nothing worth keeping
@@ -59,7 +59,7 @@ class Mirror(contextlib.AbstractContextManager[None]):
     def _send_or_say(self) -> bool:
         try:
             self.send()
-        except (TuneloopError, OSError) as error:
+        except Exception as error:  # whatever it is, later checkpoints must still be sent, and the step go on
             print(f"warning: the newest checkpoint is on this machine only: {error}", file=sys.stderr, flush=True)
             return False
         return True
@@ -81,6 +81,9 @@ class Mirror(contextlib.AbstractContextManager[None]):
         except FileNotFoundError:
             return  # replaced by a newer one meanwhile
         key = f"{CHECKPOINTS}/{newest.name}"
+        if self._stored_marker(key) == marker:  # it was fetched from there, or its answer was lost
+            self._marker = marker
+            return
         self._storage.delete(f"{key}/{MARKER}")  # while its files are replaced, it is none
         self._storage.put_tree(checkpoint, key, leave_out=(MARKER,))
         for name, state in logs.items():
@@ -88,7 +91,13 @@ class Mirror(contextlib.AbstractContextManager[None]):
             self._sent[name] = state
         self._storage.write_bytes(f"{key}/{MARKER}", marker)
         self._marker = marker
-        self._remove_others(key)
+        self._remove_older(newest.name)
+
+    def _stored_marker(self, key: str) -> bytes | None:
+        try:
+            return self._storage.read_bytes(f"{key}/{MARKER}")
+        except (NotFound, Damaged):
+            return None
 
     def _stage(self, checkpoint: Path) -> tuple[Path, dict[str, tuple[int, int]]]:
         """Take hold of a checkpoint, by links, and of the logs that have changed, by copies."""
@@ -112,8 +121,9 @@ class Mirror(contextlib.AbstractContextManager[None]):
             shutil.copyfile(path, self._staging / name)
         return staged, logs
 
-    def _remove_others(self, kept: str) -> None:
-        keys = [key for key in self._storage.list(CHECKPOINTS) if not key.startswith(f"{kept}/")]
+    def _remove_older(self, kept: str) -> None:
+        """Remove what is older; a newer one is another pod's that is still alive, and as good."""
+        keys = [key for key in self._storage.list(CHECKPOINTS) if _number(key.split("/")[1]) < _number(kept)]
         for key in sorted(keys, key=lambda key: not key.endswith(f"/{MARKER}")):  # a marker before what it vouches for
             self._storage.delete(key)
 
@@ -134,7 +144,12 @@ def saved_update(storage: Storage) -> str | None:
 
 
 def restore(storage: Storage, partial: Path) -> None:
-    """Make `partial` what the store holds: its newest checkpoint and the logs; a newer one on this machine is kept."""
+    """Make `partial` what the store holds: its newest checkpoint and the logs; a newer one on this machine is kept.
+
+    Raises:
+        TryAgain: the store is unavailable, or the checkpoint was replaced while it was fetched.
+        Damaged: it differs from its checksum.
+    """
     name = saved_update(storage)
     here = newest_checkpoint(partial)
     if name is None or (here is not None and _number(here.name) >= _number(name)):
@@ -148,6 +163,8 @@ def restore(storage: Storage, partial: Path) -> None:
                 storage.get_file(key, fetched / key)
         shutil.rmtree(partial, ignore_errors=True)
         os.replace(fetched, partial)
+    except NotFound as error:
+        raise TryAgain(f"{error}: another pod has replaced the checkpoint while it was fetched") from None
     finally:
         shutil.rmtree(fetched, ignore_errors=True)
 

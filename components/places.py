@@ -154,6 +154,14 @@ class RemotePlace(Place):
         return Mirror(self.partial, self._saved)
 
     def publish(self) -> StepResult:
+        result = self.finished()  # somebody else's, such as a pod's that replaced this one: its files stay as they are
+        if result is None:
+            result = self._store()
+        discard(self._saved)
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        return result
+
+    def _store(self) -> StepResult:
         result = StepResult.read(self.folder)
         stored = self._storage.put_tree(self.folder, "", leave_out=(RESULT,))
         for key in self._storage.list():
@@ -163,8 +171,6 @@ class RemotePlace(Place):
             self._storage.write_bytes(RESULT, (self.folder / RESULT).read_bytes(), if_version=ABSENT)
         except VersionConflict:
             result = StepResult.parse(self._storage.read_bytes(RESULT), self.name)
-        discard(self._saved)
-        shutil.rmtree(self.folder.parent, ignore_errors=True)
         return result
 
 

@@ -28,6 +28,8 @@ class S3Server:
 
     Attributes:
         refuse: (method, status, S3 error code) -> how many more requests are refused so.
+        lose_completions: how many more multipart uploads are completed but answered by 500; when they are completed
+            again they are gone.
         lose_answers: how many more writes are carried out but answered by 500.
         cut_bodies: how many more bodies of GET end after `cut_share` of their bytes.
         ignore_conditions: writes are carried out whatever their If-Match and If-None-Match say.
@@ -51,7 +53,7 @@ class S3Server:
     def reset(self) -> None:
         """Show no faults, and forget the requests."""
         self.refuse: dict[tuple[str, int, str], int] = {}
-        self.lose_answers = self.cut_bodies = 0
+        self.lose_answers = self.lose_completions = self.cut_bodies = 0
         self.cut_share = 0.5
         self.ignore_conditions = self.trouble = False
         self.troubles: collections.Counter[str] = collections.Counter()
@@ -82,6 +84,10 @@ class S3Server:
             body = b"".join(self._app(environ, lambda *arguments: answer.extend(arguments[:2])))
         if method == "PUT" and self.lose_answers:
             self.lose_answers -= 1
+            return _error(start_response, 500, "InternalError")
+        if method == "POST" and "uploadId" in environ.get("QUERY_STRING", "") and self.lose_completions:
+            self.lose_completions -= 1
+            self.refuse["POST", 404, "NoSuchUpload"] = 1
             return _error(start_response, 500, "InternalError")
         start_response(*answer)
         if method == "GET" and self.cut_bodies and len(body) > 1:

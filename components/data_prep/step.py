@@ -61,6 +61,8 @@ def _changed(config: RunConfig, fingerprint: str) -> bool:
     incumbent = Registry(place.registry).resolve(place.adapter_name, place.alias)
     if incumbent is None or incumbent.record.get("data_fingerprint") != fingerprint:
         return True
+    if incumbent.record.get("base_uri") != config.model.uri:
+        return True  # a new base has learnt nothing of this data
     known = f"{place.adapter_name} version {incumbent.version}"
     print(f"data_prep: the data is what {known} was trained on: nothing to train", flush=True)
     return False

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from components.exit_codes import exit_code_of
-from components.mirror import MARKER, Mirror
+from components.mirror import MARKER, Mirror, restore, saved_update
 from components.node import run_in_pipeline
 from components.result import StepResult
 from components.runner import Step, execute
@@ -138,6 +138,21 @@ def test_of_two_machines_one_stores_the_output(config, machine, monkeypatch):
     assert StepResult.parse(read_file(f"{RUN}/check/step.json"), "") == result
 
 
+def test_the_files_of_the_first_are_not_replaced_by_the_second(config, machine, monkeypatch):
+    def slower(config, inputs, output):
+        """Ends after somebody else, with another answer."""
+        monkeypatch.setenv("TUNELOOP_CACHE", str(machine / "other"))
+        execute(PRODUCER, config, {}, f"{RUN}/check")
+        (output / "deep").mkdir()
+        (output / "deep" / "answer").write_text("43")
+        return {"answer": 43}
+
+    monkeypatch.setenv("TUNELOOP_CACHE", str(machine / "one"))
+    result = execute(Step("check", (), slower, sections=("lora",)), config, {}, f"{RUN}/check")
+    assert result.summary["answer"] == 42
+    assert read_file(f"{RUN}/check/deep/answer") == b"42"
+
+
 class Training:
     """A resumable step that counts to 4 and saves each number; it stops after `stop_after`."""
 
@@ -219,6 +234,60 @@ def test_checkpoints_go_up_while_the_step_runs_and_older_ones_leave(tmp_path):
         save(partial, 2, "two")
         wait_for(lambda: storage.list() == [f"checkpoints/update-000002/{MARKER}", "checkpoints/update-000002/x"])
     assert not partial.with_name("out.partial.sending").exists()
+
+
+def test_a_fetched_checkpoint_stays_whole_in_the_store(tmp_path, s3_server):  # noqa: F811
+    storage, first = open_storage(f"{RUN}/out.partial"), tmp_path / "out.partial"
+    save(first, 1, "one")
+    Mirror(first, storage).send()
+    other = tmp_path / "other.partial"
+    restore(storage, other)
+    s3_server.requests.clear()
+    Mirror(other, storage).send()  # a kill at any instant of this must find a checkpoint in the store
+    assert {method for method, _ in s3_server.requests} == {"GET"}
+    save(other, 2, "two")
+    Mirror(other, storage).send()
+    assert saved_update(storage) == "update-000002"
+
+
+def test_a_pod_that_is_behind_leaves_the_newer_checkpoint_of_another(tmp_path):
+    storage = open_storage(f"{RUN}/out.partial")
+    ahead, behind = tmp_path / "ahead.partial", tmp_path / "behind.partial"
+    save(ahead, 7, "seven")
+    save(behind, 3, "three")
+    Mirror(ahead, storage).send()
+    Mirror(behind, storage).send()
+    assert saved_update(storage) == "update-000007"
+    assert "checkpoints/update-000007/x" in storage.list()
+
+
+def test_checkpoint_that_leaves_while_it_is_fetched_is_tried_again(tmp_path, monkeypatch):
+    partial, storage = tmp_path / "out.partial", open_storage(f"{RUN}/out.partial")
+    save(partial, 1, "one")
+    Mirror(partial, storage).send()
+    listed = storage.list()
+    storage.delete("checkpoints/update-000001/x")
+    monkeypatch.setattr(storage, "list", lambda *_: listed)
+    with pytest.raises(TryAgain, match="while it was fetched"):
+        restore(storage, tmp_path / "other.partial")
+    assert not (tmp_path / "other.partial").exists()
+
+
+def test_what_is_wrong_with_one_sending_does_not_end_the_sending(tmp_path, monkeypatch, capsys):
+    partial, storage = tmp_path / "out.partial", open_storage(f"{RUN}/out.partial")
+    send, calls = Mirror.send, []
+
+    def fails_once(mirror: Mirror) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("can't start new thread")
+        send(mirror)
+
+    monkeypatch.setattr(Mirror, "send", fails_once)
+    with Mirror(partial, storage):
+        save(partial, 1, "one")
+        wait_for(lambda: saved_update(storage) == "update-000001")
+    assert "can't start new thread" in capsys.readouterr().err
 
 
 def test_step_is_not_held_up_by_a_store_that_is_away(tmp_path, s3_server, capsys):  # noqa: F811

@@ -151,7 +151,7 @@ def _promote_and_die(config: RunConfig, inputs: dict[str, str], output: Path, pu
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("puts", range(7))  # claim, its proof, two files, version.json, alias; 6: later
+@pytest.mark.parametrize("puts", range(8))  # claim, its proof, two files, version.json, another proof, alias; 7: end
 def test_killed_at_any_put_the_same_command_finishes_the_job(config, registry, tmp_path, puts):
     execute(STEP, config, run_outputs(tmp_path / "1", seed=1), str(tmp_path / "1" / "promote"))
     inputs = run_outputs(tmp_path / "2", seed=2, incumbent=named(registry))
@@ -160,8 +160,8 @@ def test_killed_at_any_put_the_same_command_finishes_the_job(config, registry, t
     child.start()
     child.join()
     assert child.exitcode == -9
-    assert (named(registry) or {})["version"] == (2 if puts == 6 else 1)
-    if puts == 6:  # the step had finished: take its output away, as if it had been killed just before
+    assert (named(registry) or {})["version"] == (2 if puts == 7 else 1)
+    if puts == 7:  # the step had finished: take its output away, as if it had been killed just before
         (output / "step.json").unlink()
         output.rename(output.with_name("promote.partial"))
     execute(STEP, config, inputs, str(output))

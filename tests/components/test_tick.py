@@ -114,6 +114,10 @@ def test_unchanged_data_is_noticed(tmp_path, registry, capsys):
     promote(registry, tmp_path, config)
     assert execute(DATA_PREP, config, {}, str(tmp_path / "again")).summary["changed"] is False
     assert "nothing to train" in capsys.readouterr().out
+    registry_of_another_base = tmp_path / "other base"
+    promote(Registry(str(registry_of_another_base)), tmp_path, config, base_uri="tiny://other")
+    rebased = tiny_config("retrain.skip_unchanged=true", f"promote.registry={registry_of_another_base}")
+    assert execute(DATA_PREP, rebased, {}, str(tmp_path / "rebased")).summary["changed"] is True
     other = tiny_config(*sets, "data_prep.test_share=0.3")
     assert execute(DATA_PREP, other, {}, str(tmp_path / "other")).summary["changed"] is True
     always = tiny_config(f"promote.registry={tmp_path / 'registry'}")

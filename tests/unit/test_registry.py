@@ -183,6 +183,16 @@ def test_a_server_that_ignores_conditions_is_refused(s3_server, tmp_path):  # no
     assert registry.names() == []
 
 
+def test_a_server_that_ignores_if_match_moves_no_alias(s3_server, tmp_path):  # noqa: F811
+    registry = Registry(f"s3://{BUCKET}/registry")
+    first, second = register(registry, tmp_path, "a"), register(registry, tmp_path, "b")
+    registry.promote("math", first.version, "production", None)
+    s3_server.ignore_conditions = True
+    with pytest.raises(UserError, match="ignores If-Match"):
+        registry.promote("math", second.version, "production", first.version)
+    assert registry.alias("math").version == first.version
+
+
 def test_unknown_names_say_what_there_is(registry, tmp_path):
     with pytest.raises(UserError, match="holds no adapter 'math'; it holds: none yet"):
         registry.show("math", 1)

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from tuneloop.errors import TryAgain
+from tuneloop.errors import TryAgain, UserError
 from tuneloop.registry.layout import alias_key, check_name, now, parse_object, to_json, who
 from tuneloop.storage import ABSENT, Damaged, NotFound, Storage, VersionConflict
 
@@ -54,7 +54,9 @@ def move_alias(
 
     Raises:
         AliasMoved: it was moved meanwhile.
+        UserError: the storage ignores the condition of a write, so two runs could both move it.
     """
+    _check_condition(storage, alias_key(adapter_name, alias), tag)
     moved = Alias(version, previous, now(), who())
     try:
         storage.write_bytes(alias_key(adapter_name, alias), to_json(asdict(moved)), if_version=tag or ABSENT)
@@ -62,6 +64,18 @@ def move_alias(
         current, _ = read_alias(storage, adapter_name, alias)
         raise moved_meanwhile(adapter_name, alias, current) from None
     return moved
+
+
+def _check_condition(storage: Storage, key: str, tag: str | None) -> None:
+    """See that a write which expects another version fails; some S3 servers know If-None-Match only."""
+    if tag is None:
+        return
+    try:
+        storage.write_bytes(key, storage.read_bytes(key), if_version=f'"{"0" * 32}"')
+    except (VersionConflict, NotFound):
+        return
+    raise UserError(f"{storage.uri}: the server ignores If-Match on PUT, so two runs could both move {key}; "
+                    "use one that honours conditional writes")  # fmt: skip
 
 
 def moved_meanwhile(adapter_name: str, alias: str, current: Alias | None, expected: str = "") -> AliasMoved:

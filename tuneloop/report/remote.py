@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tuneloop.errors import UserError
 from tuneloop.report.build import build_report
-from tuneloop.storage import is_remote, local_path, open_storage
+from tuneloop.storage import NotFound, Storage, is_remote, local_path, open_storage
 
 _READ = (".json", ".jsonl", ".md")  # what a report is made of; models, adapters and data stay where they are
 _AT_ONCE = 8
@@ -53,5 +53,10 @@ def fetched_run(run_uri: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="tuneloop-") as scratch:
         folder = Path(scratch) / run_uri.rstrip("/").rpartition("/")[2]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(lambda key: storage.get_file(key, folder / key), keys))
+            list(pool.map(lambda key: _fetch(storage, key, folder / key), keys))
         yield folder
+
+
+def _fetch(storage: Storage, key: str, path: Path) -> None:
+    with contextlib.suppress(NotFound):  # a step has ended meanwhile, and what it worked with is gone
+        storage.get_file(key, path)

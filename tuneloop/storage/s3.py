@@ -39,6 +39,17 @@ _SHA256, _WRITE_ID = "sha256", "write-id"  # names in the objects' metadata
 _RESUMES = 5  # broken downloads in a row, with nothing read in between
 _BUSY_WAIT_SECONDS = 0.2
 _TRIES = 8  # of a request, waiting up to 20 s between two, by chance: about half a minute in all
+_BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "IncompleteBody", "OperationAborted")
+_EXPIRED, _REGION = "renew the credentials, they have expired", "set AWS_REGION to the bucket's region"
+_HINTS = {
+    "ExpiredToken": _EXPIRED,
+    "ExpiredTokenException": _EXPIRED,
+    "TokenRefreshRequired": _EXPIRED,
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "PermanentRedirect": _REGION,
+    "AuthorizationHeaderMalformed": _REGION,
+    "IllegalLocationConstraintException": _REGION,
+}
 _ENCRYPTIONS = ("AES256", "aws:kms", "aws:kms:dsse")
 
 
@@ -59,6 +70,10 @@ class S3Storage(Storage):
         self._encryption = _encryption()
         with _clear_errors(self.uri):
             self._client = _make_client()
+        # Some servers cannot read the checksums that are sent behind a body: AWS_REQUEST_CHECKSUM_CALCULATION leaves
+        # them out. What is read is compared with the sha256 in the metadata all the same.
+        asked = self._client.meta.config.request_checksum_calculation
+        self._checksum = {} if asked == "when_required" else {"ChecksumAlgorithm": "SHA256"}
 
     def read_versioned(self, key: str) -> tuple[bytes, str]:
         with self._reader(key) as reader:
@@ -88,12 +103,18 @@ class S3Storage(Storage):
 
         with open(local, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {_SHA256: digest}, **self._encryption}
+        extra = {**self._checksum, "Metadata": {_SHA256: digest}, **self._encryption}
         with _clear_errors(join_uri(self.uri, key)):
             try:
                 self._client.upload_file(str(local), self.bucket, self._key(key), ExtraArgs=extra)
             except S3UploadFailedError as error:
-                raise error.__context__ or error from None  # the cause says whose mistake it is
+                cause = error.__context__ or error  # it says whose mistake it is
+                if not _is_code(cause, "NoSuchUpload"):
+                    raise cause from None
+                # Completed by a try whose answer was lost, or ended by someone else.
+                head = self._head(key)
+                if head is None or head["Metadata"].get(_SHA256) != digest:
+                    raise TryAgain(f"{join_uri(self.uri, key)}: the upload was ended by the server") from None
         return digest
 
     def get_file(self, key: str, local: Path) -> str:
@@ -151,8 +172,8 @@ class S3Storage(Storage):
                     Bucket=self.bucket,
                     Key=self._key(key),
                     Body=data,
-                    ChecksumAlgorithm="SHA256",
                     Metadata={_SHA256: digest, **metadata},
+                    **self._checksum,
                     **self._encryption,
                     **condition,
                 )["ETag"]
@@ -251,6 +272,10 @@ def _encryption() -> dict[str, str]:
     return {name: value for name, value in asked.items() if value}
 
 
+def _is_code(error: BaseException, code: str) -> bool:
+    return getattr(error, "response", {}).get("Error", {}).get("Code") == code
+
+
 def _status(error: Any) -> int:
     return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
 
@@ -278,22 +303,31 @@ def _clear_errors(name: str) -> Iterator[None]:
         exceptions.FlexibleChecksumError,
         exceptions.CredentialRetrievalError,
     ) as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise UserError(f"{name}: {error}; set AWS_CA_BUNDLE to a file with the server's authority") from None
         raise TryAgain(f"{name}: storage cannot be reached ({error})") from None
     except ValueError as error:
         if "Invalid endpoint" in str(error):
             raise UserError(f"{name}: {error}; correct AWS_ENDPOINT_URL") from None
         raise
+    except exceptions.BotoCoreError as error:  # a login that has ended, a config file that cannot be read, …
+        raise UserError(f"{name}: S3 cannot be used as it is set up ({error})") from None
 
 
 def _client_error(name: str, error: Any) -> UserError | TryAgain:
     code, status = error.response.get("Error", {}).get("Code", ""), _status(error)
     message = error.response.get("Error", {}).get("Message", "")
-    if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException") or status == 429:
+    if status == 501 or code == "NotImplemented":
+        return UserError(f"{name}: the server cannot do what was asked ({message}); use one that honours conditional "
+                         "writes, or set AWS_REQUEST_CHECKSUM_CALCULATION=when_required")  # fmt: skip
+    if status >= 500 or status == 429 or code in _BUSY:
         return TryAgain(f"{name}: storage is unavailable ({status} {code})")
     if code == "NoSuchBucket":
         return UserError(f"{name}: the bucket does not exist; create it or correct the URI")
     if status == 404:
         return NotFound(f"{name}: no such object")
+    if code in _HINTS:
+        return UserError(f"{name}: storage refused the request ({status} {code} {message}); {_HINTS[code]}")
     if status in (401, 403):
         return UserError(f"{name}: access denied ({code} {message}); check the credentials and the bucket's policy")
     if status == 412:
