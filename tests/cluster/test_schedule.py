@@ -307,6 +307,17 @@ def test_argo_newest_runs_are_found_among_very_many(command, kube_api):
     assert command("status", "--target", "argo").out.splitlines()[1].startswith("run-699 ")
 
 
+def test_namespace_is_the_configs_or_the_options(on_kfp, kfp_server):
+    kfp_server.multi_user = True
+    on_kfp.add("sums", more='suspend = false\n[cluster]\nnamespace = "team-a"')
+    assert on_kfp("apply").code == 0
+    assert kfp_server.stored["pipelines"][0]["namespace"] == "team-a"
+    assert on_kfp("list").out.startswith("tuneloop-sums")
+    on_kfp.add("other")
+    assert "of the namespaces team-a, tuneloop; make a file for each" in on_kfp("apply").err
+    assert on_kfp("diff", "--namespace", "team-b").code == 0
+
+
 # The file
 
 
