@@ -78,7 +78,7 @@ class PodLog:
         """The API's argument that leaves out most of what was read: whole seconds until now, and a few more."""
         if not self._last:
             return {}
-        then = datetime.fromisoformat(f"{self._last[:19]}+00:00")
+        then = datetime.fromisoformat(self._last)  # in the node's own time zone
         return {"since_seconds": max(1, int((datetime.now(UTC) - then).total_seconds()) + _OVERLAP_SECONDS)}
 
     def _line(self, line: str) -> None:
