@@ -233,7 +233,7 @@ def _message(error: Any) -> str:
     except ValueError:
         said = None
     if isinstance(said, dict):
-        body = str(said.get("message") or said.get("error") or body)
+        body = str(said.get("message") or said.get("error_message") or said.get("error") or body)
     elif body.lstrip().startswith("<"):
         body = ""  # a page for people
     return _short(" ".join(body.split()) or str(error.reason or "no reason given"))

@@ -26,15 +26,18 @@ class PodLog:
         self._namespace, self._pod, self._container = namespace, pod, container
         self._last, self._at_last = "", set[str]()
 
-    def read(self) -> bool:
-        """Follow the log from where it was left until it ends; False when the connection broke before.
+    def read(self, follow: bool = True) -> bool:
+        """Read the log from where it was left until it ends; False when the connection broke before.
+
+        Args:
+            follow: wait for what is not written yet.
 
         Raises:
             TryAgain: the server is away.
         """
         import urllib3
 
-        response = self._open()
+        response = self._open(follow)
         if response is None:
             return True
         rest = b""
@@ -51,7 +54,7 @@ class PodLog:
             self._line(rest.decode(errors="replace"))
         return True
 
-    def _open(self) -> Any:
+    def _open(self, follow: bool) -> Any:
         """The log as a stream; None when there is none, or none yet."""
         try:
             return self._server.call(
@@ -59,7 +62,7 @@ class PodLog:
                     self._pod,
                     self._namespace,
                     container=self._container,
-                    follow=True,
+                    follow=follow,
                     timestamps=True,
                     _preload_content=False,
                     _request_timeout=(TIMEOUT_SECONDS[0], _QUIET_SECONDS),
@@ -75,7 +78,7 @@ class PodLog:
         """The API's argument that leaves out most of what was read: whole seconds until now, and a few more."""
         if not self._last:
             return {}
-        then = datetime.fromisoformat(f"{self._last[:19]}+00:00")
+        then = datetime.fromisoformat(self._last)  # in the node's own time zone
         return {"since_seconds": max(1, int((datetime.now(UTC) - then).total_seconds()) + _OVERLAP_SECONDS)}
 
     def _line(self, line: str) -> None:

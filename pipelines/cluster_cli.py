@@ -129,6 +129,7 @@ def _connect(target: str | None, settings: Any) -> Any:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
+    from components.cluster_config import ClusterConfig
     from pipelines.cluster import submit as submitting
 
     config = _config_of(arguments)
@@ -143,6 +144,8 @@ def _submit(arguments: argparse.Namespace) -> int:
     backend, run, _ = submitting.submit(
         config, arguments.output, lambda: _connect(arguments.target, settings), arguments.run, arguments.again
     )
+    if settings.namespace != ClusterConfig().namespace:
+        arguments.namespace = settings.namespace  # which the commands that read no config have to be told
     look = _same_cluster(arguments, run.name)
     if not (arguments.wait or arguments.watch):
         print(f"look at it with: {look}", flush=True)

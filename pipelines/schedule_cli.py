@@ -41,7 +41,9 @@ def _add(
 
 
 def _connect(arguments: argparse.Namespace) -> Any:
-    settings = settings_of(arguments)
+    from pipelines.cluster.schedules import read_namespace
+
+    settings = settings_of(arguments, arguments.namespace or read_namespace(arguments.file))
     if arguments.target == "argo":
         from pipelines.cluster.argo_schedules import ArgoSchedules
         from pipelines.cluster.connection import KubeConnection
@@ -56,7 +58,7 @@ def _connect(arguments: argparse.Namespace) -> Any:
 def _apply(arguments: argparse.Namespace) -> None:
     from pipelines.cluster import schedules
 
-    owner, declared = schedules.read_schedules(arguments.file)
+    owner, declared = schedules.read_schedules(arguments.file, arguments.namespace)
     backend = _connect(arguments)
     schedules.apply(backend, schedules.compare(backend, owner, declared))
 
@@ -64,7 +66,7 @@ def _apply(arguments: argparse.Namespace) -> None:
 def _diff(arguments: argparse.Namespace) -> None:
     from pipelines.cluster import schedules
 
-    owner, declared = schedules.read_schedules(arguments.file)
+    owner, declared = schedules.read_schedules(arguments.file, arguments.namespace)
     for change in schedules.compare(_connect(arguments), owner, declared):
         print(f"{change.action:<8} {change.name}")
 

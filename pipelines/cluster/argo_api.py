@@ -13,7 +13,6 @@ from tuneloop.errors import TryAgain, UserError
 TEMPLATES, WORKFLOWS, CRON_WORKFLOWS = "workflowtemplates", "workflows", "cronworkflows"
 _GROUP, _, _VERSION = API_VERSION.partition("/")
 _MOST_CONFLICTS = 10
-_PAGE = 500
 
 Object = dict[str, Any]
 
@@ -67,7 +66,7 @@ class ArgoApi:
     def list(self, plural: str, labels: str) -> list[Object]:
         """Those with the labels."""
         answer = self.connection.custom.list_namespaced_custom_object(
-            *self._place(plural), label_selector=labels, limit=_PAGE, _request_timeout=TIMEOUT_SECONDS
+            *self._place(plural), label_selector=labels, _request_timeout=TIMEOUT_SECONDS
         )
         return answer["items"]
 
@@ -89,10 +88,16 @@ class ArgoApi:
             *self._place(plural), body["metadata"]["name"], body, _request_timeout=TIMEOUT_SECONDS
         )
 
-    def delete(self, plural: str, name: str) -> Object:
-        """Remove one."""
+    def patch(self, plural: str, name: str, change: Object) -> Object:
+        """Change one by a JSON merge patch (RFC 7396), the only patch of a mapping that custom objects take."""
+        return self.connection.custom.patch_namespaced_custom_object(
+            *self._place(plural), name, change, _request_timeout=TIMEOUT_SECONDS
+        )
+
+    def delete(self, plural: str, name: str, propagation: str = "Background") -> Object:
+        """Remove one, and what it owns unless `propagation` is "Orphan"."""
         return self.connection.custom.delete_namespaced_custom_object(
-            *self._place(plural), name, _request_timeout=TIMEOUT_SECONDS
+            *self._place(plural), name, propagation_policy=propagation, _request_timeout=TIMEOUT_SECONDS
         )
 
     def _place(self, plural: str) -> tuple[str, str, str, str]:

@@ -7,6 +7,7 @@ from pipelines.cluster.argo_api import CRON_WORKFLOWS, ArgoApi, Object
 from pipelines.cluster.connection import KubeConnection
 from pipelines.cluster.schedules import Declared, Existing, digest_of
 from pipelines.cluster.undo import undone_on_failure
+from tuneloop.errors import UserError
 
 OWNER_LABEL = "app.kubernetes.io/managed-by"
 _MARK = "tuneloop-schedules-"
@@ -48,6 +49,7 @@ class ArgoSchedules:
         def get() -> Object | None:
             return self._server.absent_as_none(lambda: self._api.get(CRON_WORKFLOWS, name))
 
+        _require_ours(self._server.call(get), declared)
         with undone_on_failure(self._server) as undo:
             self._api.ensure_template(template, undo)
             found, made = undo.ensure(
@@ -60,21 +62,29 @@ class ArgoSchedules:
                 self._api.replace(CRON_WORKFLOWS, wanted, found, get)
 
     def pause(self, existing: Existing, paused: bool) -> None:
-        """Set `suspend`."""
-
-        def get() -> Object | None:
-            return self._server.absent_as_none(lambda: self._api.get(CRON_WORKFLOWS, existing.id))
-
-        found = self._server.call(get)
-        if found is not None:
-            self._api.replace(CRON_WORKFLOWS, {**found, "spec": {**found["spec"], "suspend": paused}}, None, get)
+        """Set `suspend`, and nothing else of what somebody may be replacing."""
+        change = {"spec": {"suspend": paused}}
+        self._server.call(
+            lambda: self._server.absent_as_none(lambda: self._api.patch(CRON_WORKFLOWS, existing.id, change))
+        )
 
     def delete(self, existing: Existing) -> None:
         """Remove the CronWorkflow; the template stays, because runs may be using it."""
-        self._server.call(lambda: self._server.absent_as_none(lambda: self._api.delete(CRON_WORKFLOWS, existing.id)))
+        # Argo's CronWorkflow owns its Workflows, and Kubernetes would end those that are at work.
+        self._server.call(
+            lambda: self._server.absent_as_none(lambda: self._api.delete(CRON_WORKFLOWS, existing.id, "Orphan"))
+        )
 
     def _of(self, owner: str) -> list[Object]:
         return self._api.list(CRON_WORKFLOWS, f"{OWNER_LABEL}={_MARK}{owner}")
+
+
+def _require_ours(found: Object | None, declared: Declared) -> None:
+    """Refuse to take a CronWorkflow from another owner, or from somebody who made it without this command."""
+    owner = ((found or {}).get("metadata", {}).get("labels") or {}).get(OWNER_LABEL, "")
+    if found is not None and owner != _MARK + declared.owner:
+        whose = f"of {owner.removeprefix(_MARK)}" if owner else "somebody else's"
+        raise UserError(f"CronWorkflow {declared.name}: is {whose}; give the config another name")
 
 
 def _existing(found: Object) -> Existing:

@@ -184,7 +184,12 @@ class KubeConnection:
 
         configuration = kubernetes.client.Configuration()
         if _IN_CLUSTER in os.environ and not self._settings.context:
-            kubernetes.config.load_incluster_config(client_configuration=configuration)
+            try:
+                kubernetes.config.load_incluster_config(client_configuration=configuration)
+            except kubernetes.config.ConfigException as error:
+                raise UserError(
+                    f"this pod's own credentials: {error}; mount its service account's token, or name a --context"
+                ) from None
         else:
             _require_context(self._settings.context, "log in to the cluster")
             try:

@@ -151,12 +151,14 @@ class KfpSchedules:
 
     def _remove(self, identity: str) -> Any:
         return self._api.client.recurring_runs.recurring_run_service_delete_recurring_run(
-            identity, _request_timeout=TIMEOUT_SECONDS
+            identity,
+            propagation_policy="ORPHAN",  # else Kubernetes ends the ticks that are at work, which it owns
+            _request_timeout=TIMEOUT_SECONDS,
         )
 
 
 def _existing(name: str, digest: str, runs: list[Any]) -> Existing:
-    states = {run.status == "ENABLED" for run in runs}
+    states = {_is_enabled(run) for run in runs}
     return Existing(
         id=",".join(run.recurring_run_id for run in runs),
         name=name,
@@ -165,6 +167,13 @@ def _existing(name: str, digest: str, runs: list[Any]) -> Existing:
         cron=tuple(_cron(run).partition(" ")[2] for run in runs),
         ready=len(states) == 1,
     )
+
+
+def _is_enabled(run: Any) -> bool:
+    """By its status, which is unspecified until Kubeflow's controller has seen the recurring run."""
+    if run.status in ("ENABLED", "DISABLED"):
+        return run.status == "ENABLED"
+    return run.mode == "ENABLE"
 
 
 def _cron(run: Any) -> str:

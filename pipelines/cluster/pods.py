@@ -1,10 +1,10 @@
 """The log of a run's steps, from their pods: printed once, or followed through dropped connections."""
 
 import time
-from datetime import UTC, datetime
 from typing import Any, TextIO
 
-from components.api_calls import TIMEOUT_SECONDS, Refused
+from components.api_calls import TIMEOUT_SECONDS
+from components.pod_log import PodLog
 from pipelines.cluster.connection import KubeConnection
 from pipelines.cluster.run_view import Backend, RunView
 from pipelines.placement import STEP_LABEL
@@ -12,8 +12,6 @@ from tuneloop.errors import UserError
 
 POLL_SECONDS = 2.0
 _CONTAINER = "main"  # where Argo and Kubeflow run the step; the others are their own
-_QUIET_SECONDS = 300.0  # of a log, after which the connection is made anew
-_OVERLAP_SECONDS = 5  # read again after a reconnection; lines are known by their time
 _ENDED = ("Succeeded", "Failed")
 
 
@@ -70,54 +68,16 @@ class _LogReader:
         """Print a pod's log, each line behind its step's name."""
         step, name = pod.metadata.labels[STEP_LABEL], pod.metadata.name
         self._stream.write(f"── {step} ({name}) {'─' * max(2, 72 - len(step) - len(name))}\n")
-        printed = _Printed(self._stream, step)
+        log = PodLog(
+            self._kube.server, lambda: self._kube.core, self._namespace, name, _CONTAINER,
+            lambda line: self._print(step, line),
+        )  # fmt: skip
         while True:
             ended = self._phase(name) in _ENDED  # before the log is read: what it writes last is read too
-            whole = self._read(name, follow, printed)
+            whole = log.read(follow)
             if whole and (ended or not follow):
                 return
             time.sleep(POLL_SECONDS)
-
-    def _read(self, name: str, follow: bool, printed: "_Printed") -> bool:
-        """Print what the log holds; False when the connection broke before its end."""
-        import urllib3
-
-        response = self._open(name, follow, printed.since())
-        if response is None:
-            return True
-        rest = b""
-        try:
-            for piece in response.stream():
-                *lines, rest = (rest + piece).split(b"\n")
-                for line in lines:
-                    printed.take(line.decode(errors="replace"))
-        except urllib3.exceptions.HTTPError:
-            return False  # a line that was cut off comes whole with the next connection
-        finally:
-            response.close()
-        if rest:
-            printed.take(rest.decode(errors="replace"))
-        return True
-
-    def _open(self, name: str, follow: bool, since: dict[str, int]) -> Any:
-        """The pod's log as a stream; None when it has none, or none yet."""
-        try:
-            return self._kube.server.call(
-                lambda: self._kube.core.read_namespaced_pod_log(
-                    name,
-                    self._namespace,
-                    container=_CONTAINER,
-                    follow=follow,
-                    timestamps=True,
-                    _preload_content=False,
-                    _request_timeout=(TIMEOUT_SECONDS[0], _QUIET_SECONDS),
-                    **since,
-                )
-            )
-        except Refused as error:
-            if error.status in (400, 404):  # its container has not started, or the pod is removed
-                return None
-            raise
 
     def _phase(self, name: str) -> str:
         """The pod's phase; one that is removed has ended."""
@@ -129,27 +89,6 @@ class _LogReader:
         )
         return pod.status.phase if pod else _ENDED[0]
 
-
-class _Printed:
-    """Prints each line of a log once, however often it is read; every line begins with its time."""
-
-    def __init__(self, stream: TextIO, step: str):
-        self._stream, self._step = stream, step
-        self._last, self._at_last = "", set()
-
-    def take(self, line: str) -> None:
-        """Print a line, unless it was printed before."""
-        moment, _, text = line.partition(" ")
-        if moment < self._last or (moment == self._last and text in self._at_last):
-            return
-        self._at_last = {text} if moment != self._last else self._at_last | {text}
-        self._last = moment
-        self._stream.write(f"{self._step} | {text}\n")
+    def _print(self, step: str, line: str) -> None:
+        self._stream.write(f"{step} | {line}\n")
         self._stream.flush()
-
-    def since(self) -> dict[str, int]:
-        """The API's argument that leaves out most of what was printed: whole seconds until now, and a few more."""
-        if not self._last:
-            return {}
-        then = datetime.fromisoformat(f"{self._last[:19]}+00:00")
-        return {"since_seconds": max(1, int((datetime.now(UTC) - then).total_seconds()) + _OVERLAP_SECONDS)}

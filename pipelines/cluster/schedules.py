@@ -106,14 +106,17 @@ class Schedules(Protocol):
         ...
 
 
-def read_schedules(path: Path) -> tuple[str, list[Declared]]:
+def read_schedules(path: Path, namespace: str = "") -> tuple[str, list[Declared]]:
     """The owner of a file's schedules, and the schedules; refused is what a tick would be refused for.
+
+    Args:
+        namespace: in place of the configs' own.
 
     Raises:
         UserError: the file or a config is refused, a config has no `[cluster.schedule]`, or two make the same schedule.
     """
     file = parse_config(ScheduleFile, read_config_file(path), origin=str(path))
-    declared = [_declared(path.parent / name, file.owner) for name in file.configs]
+    declared = [_declared(path.parent / name, file.owner, namespace) for name in file.configs]
     for one in declared:
         if sum(other.name == one.name for other in declared) > 1:
             raise UserError(f"{path}: two configs are called {one.config.name}, which names the schedule; rename one")
@@ -129,8 +132,21 @@ def read_owner(path: Path) -> str:
     return parse_config(ScheduleFile, read_config_file(path), origin=str(path)).owner
 
 
-def _declared(path: Path, owner: str) -> Declared:
-    config = load_run_config(path)
+def read_namespace(path: Path) -> str:
+    """The one namespace that a file's configs name; empty for a file of none.
+
+    Raises:
+        UserError: the file or a config is refused, or they name several.
+    """
+    file = parse_config(ScheduleFile, read_config_file(path), origin=str(path))
+    found = sorted({load_run_config(path.parent / name).cluster.namespace for name in file.configs})
+    if len(found) > 1:
+        raise UserError(f"{path}: its configs are of the namespaces {', '.join(found)}; make a file for each")
+    return "".join(found)
+
+
+def _declared(path: Path, owner: str, namespace: str) -> Declared:
+    config = load_run_config(path, (f"cluster.namespace={namespace}",) if namespace else ())
     schedule = config.cluster.schedule
     if schedule is None:
         raise UserError(f"{path}: has no [cluster.schedule]; say when it runs, or take it from the list")

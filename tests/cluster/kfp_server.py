@@ -197,8 +197,8 @@ class KfpServer(FaultyServer):
 
     def _CreateRecurringRun(self, recurring_run: Record) -> Record:
         self._check_parameters(recurring_run)
-        enabled = recurring_run.get("mode") != "DISABLE"
-        return self._store("recurringruns", recurring_run | {"status": "ENABLED" if enabled else "DISABLED"})
+        status = {"ENABLE": "ENABLED", "DISABLE": "DISABLED"}.get(recurring_run.get("mode", ""), "STATUS_UNSPECIFIED")
+        return self._store("recurringruns", recurring_run | {"status": status})
 
     def _GetRecurringRun(self, recurring_run_id: str) -> Record:
         return self._get("recurringruns", recurring_run_id)
@@ -209,6 +209,10 @@ class KfpServer(FaultyServer):
         return self._list("recurringruns", "recurringRuns", query)
 
     def _DeleteRecurringRun(self, recurring_run_id: str, propagation_policy: str = "") -> Record:
+        if propagation_policy != "ORPHAN":  # Kubernetes removes the Workflows that the schedule owns
+            for run in self.stored["runs"]:
+                if run.get("recurring_run_id") == recurring_run_id and run["state"] in ("PENDING", "RUNNING"):
+                    self.end(run, "FAILED")
         return self._delete("recurringruns", recurring_run_id)
 
     def _EnableRecurringRun(self, recurring_run_id: str) -> Record:

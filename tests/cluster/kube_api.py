@@ -42,6 +42,7 @@ class KubeApi(FaultyServer):
         pods: name -> a pod.
         logs: pod's name -> its lines so far, each behind its time.
         things: path -> what is there, beside custom objects and pods.
+        propagation: (plural, name) of what was deleted -> what becomes of the objects that it owned.
         denied: (verb, resource) that the user may not.
         cut_logs: how many more answers of a log break in the middle of a line.
     """
@@ -57,6 +58,7 @@ class KubeApi(FaultyServer):
         self._version = 0
         self.things: dict[str, Object] = {}
         self.denied: set[tuple[str, str]] = set()
+        self.propagation: dict[tuple[str, str], str] = {}
 
     def add_pod(self, name: str, labels: dict[str, str], phase: str = "Running", lines: tuple[str, ...] = ()) -> None:
         """A pod, and what it has written."""
@@ -107,13 +109,22 @@ class KubeApi(FaultyServer):
         if name is None:
             self._check_query(request, "list")
             items = [found for (its, _), found in self.objects.items() if its == plural]
-            return json_response({"items": _selected(items, request.args.get("labelSelector", "")), "metadata": {}})
+            items = _selected(
+                sorted(items, key=lambda one: one["metadata"]["name"]), request.args.get("labelSelector", "")
+            )
+            most = int(request.args.get("limit") or len(items))  # the rest is behind `continue`
+            return json_response({"items": items[:most], "metadata": {"continue": "more"} if items[most:] else {}})
         found = self.objects.get((plural, name))
         if found is None:
             return self.error(404, f'{plural} "{name}" not found')
         if request.method == "DELETE":
+            self.propagation[plural, name] = request.args.get("propagationPolicy", "Background")
             del self.objects[plural, name]
             return json_response({"kind": "Status", "apiVersion": "v1", "status": "Success"})
+        if request.method == "PATCH":
+            if request.content_type != "application/merge-patch+json":  # custom objects know no strategic one
+                return self.error(415, f"the body of the request was in an unknown format: {request.content_type}")
+            return self._replace(plural, found, _merged(found, request.get_json()))
         if request.method == "PUT":
             return self._replace(plural, found, request.get_json())
         return json_response(found)
@@ -183,6 +194,13 @@ class KubeApi(FaultyServer):
 
     def _now(self) -> str:
         return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _merged(found: Any, change: Any) -> Any:
+    """RFC 7396, without removals."""
+    if not isinstance(change, dict):
+        return change
+    return {**found, **{key: _merged(found.get(key, {}), value) for key, value in change.items()}}
 
 
 def _selected(items: list[Object], selector: str) -> list[Object]:

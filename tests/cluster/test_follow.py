@@ -6,9 +6,14 @@ import os
 import signal
 import threading
 import time
+from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
 
 import pytest
+from urllib3 import HTTPResponse
 
+from components.api_calls import ApiServer
+from components.pod_log import PodLog
 from pipelines.cluster import metrics, pods, watch
 from pipelines.cluster.run_view import RunView, StepView
 from pipelines.cluster.table import StepTable
@@ -201,6 +206,22 @@ def test_logs_follow_a_step_through_dropped_connections(
     assert answer.code == 0, answer.err
     assert [line.removeprefix("check | ") for line in answer.out.splitlines()[1:]] == expected
     assert kube_api.cut_logs == 0
+
+
+def test_a_log_is_read_on_from_its_last_line_whatever_the_nodes_time_zone():
+    asked: list[dict] = []
+
+    def read_namespaced_pod_log(*_: str, **query: object) -> HTTPResponse:
+        asked.append(query)
+        now = datetime.now(timezone(timedelta(hours=2))).isoformat(timespec="microseconds")
+        return HTTPResponse(io.BytesIO(f"{now[:26]}789{now[26:]} hello\n".encode()), preload_content=False)
+
+    core = SimpleNamespace(read_namespaced_pod_log=read_namespaced_pod_log)
+    log = PodLog(ApiServer("Kubernetes", ""), lambda: core, "tuneloop", "one", "main", lambda line: None)
+    assert log.read()
+    assert log.read()
+    assert "since_seconds" not in asked[0]
+    assert 5 <= asked[1]["since_seconds"] <= 7
 
 
 def test_logs_of_all_steps(command: Command, kfp_server: KfpServer, kube_api: KubeApi, pods_in_kubeflow):

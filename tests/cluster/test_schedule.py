@@ -1,5 +1,6 @@
 """`schedule` on Kubeflow Pipelines and on Argo: the cluster has what is declared, whatever happens on the way."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,29 @@ def test_pause_and_resume_and_delete(on_kfp, kfp_server):
     assert "no such schedule of maths; there are: none" in missing.err
 
 
+@pytest.mark.parametrize("how", ["delete", "replace"])
+def test_ticks_at_work_outlive_their_schedule(on_kfp, kfp_server, how):
+    on_kfp("apply")
+    tick = {
+        "display_name": "tick",
+        "state": "RUNNING",
+        "recurring_run_id": recurring(kfp_server)[0]["recurring_run_id"],
+    }
+    kfp_server.stored["runs"].append(tick)
+    on_kfp.add("sums", '["30 4 * * *"]')
+    assert (on_kfp("apply") if how == "replace" else on_kfp("delete", "tuneloop-sums")).code == 0
+    assert tick["state"] == "RUNNING"
+
+
+def test_status_that_kubeflow_does_not_know_yet_is_as_it_was_asked_for(on_kfp, kfp_server):
+    on_kfp.add("sums", more="suspend = true")
+    on_kfp("apply")
+    recurring(kfp_server)[0] |= {"status": "STATUS_UNSPECIFIED", "mode": "ENABLE"}
+    assert on_kfp("diff").out == "pause    tuneloop-sums\n"
+    recurring(kfp_server)[0] |= {"mode": "DISABLE"}
+    assert on_kfp("diff").out == "keep     tuneloop-sums\n"
+
+
 def test_declared_as_paused_it_never_ran(on_kfp, kfp_server):
     on_kfp.add("sums", more="suspend = true")
     on_kfp("apply")
@@ -248,6 +272,50 @@ def test_argo_refused_schedule_leaves_nothing(on_argo, kube_api):
     kube_api.faults.append(Fault(status=403, method="POST", path="cronworkflows"))
     assert on_argo("apply").code == 2
     assert kube_api.objects == {}
+
+
+def test_argo_ticks_at_work_outlive_their_schedule(on_argo, kube_api):
+    on_argo("apply")
+    assert on_argo("delete", "tuneloop-sums").code == 0
+    assert kube_api.propagation == {("cronworkflows", "tuneloop-sums"): "Orphan"}  # it owns its Workflows
+
+
+@pytest.mark.parametrize("owner", ["tuneloop-schedules-physics", ""])
+def test_argo_schedule_of_somebody_else_is_not_taken_over(on_argo, kube_api, owner):
+    on_argo("apply")
+    kube_api.objects["cronworkflows", "tuneloop-sums"]["metadata"]["labels"]["app.kubernetes.io/managed-by"] = owner
+    before = copy.deepcopy(kube_api.objects)
+    on_argo.add("sums", rank=2)
+    answer = on_argo("apply")
+    assert (answer.code, answer.err.count("\n")) == (2, 1)
+    assert f"tuneloop-sums: is {'of physics' if owner else 'somebody else'}" in answer.err
+    assert kube_api.objects == before
+
+
+def test_argo_pause_keeps_what_somebody_else_changes_meanwhile(on_argo, kube_api):
+    on_argo("apply")
+    kube_api.requests.clear()
+    assert on_argo("pause", "tuneloop-sums").code == 0
+    assert [method for method, _ in kube_api.requests] == ["GET", "PATCH"]  # the whole object is never sent
+
+
+def test_argo_newest_runs_are_found_among_very_many(command, kube_api):
+    for number in range(700):
+        metadata = {"name": f"run-{number:03}", "labels": {"app.kubernetes.io/part-of": "tuneloop"},
+                    "creationTimestamp": f"2026-11-23T04:{number // 60:02}:{number % 60:02}Z"}  # fmt: skip
+        kube_api.objects["workflows", f"run-{number:03}"] = {"metadata": metadata, "spec": {}}
+    assert command("status", "--target", "argo").out.splitlines()[1].startswith("run-699 ")
+
+
+def test_namespace_is_the_configs_or_the_options(on_kfp, kfp_server):
+    kfp_server.multi_user = True
+    on_kfp.add("sums", more='suspend = false\n[cluster]\nnamespace = "team-a"')
+    assert on_kfp("apply").code == 0
+    assert kfp_server.stored["pipelines"][0]["namespace"] == "team-a"
+    assert on_kfp("list").out.startswith("tuneloop-sums")
+    on_kfp.add("other")
+    assert "of the namespaces team-a, tuneloop; make a file for each" in on_kfp("apply").err
+    assert on_kfp("diff", "--namespace", "team-b").code == 0
 
 
 # The file

@@ -86,6 +86,22 @@ def test_a_workflow_that_is_refused_puts_the_template_back(command: Command, kub
     assert kube_api.objects.keys() == before.keys()
 
 
+def test_the_look_that_is_printed_finds_the_run_in_the_configs_namespace(
+    command: Command, kube_api: KubeApi, monkeypatch
+):
+    monkeypatch.setattr("tests.cluster.kube_api.NAMESPACE", "team-a")
+    answer = command.submit(*ARGO, "--set", "cluster.namespace=team-a")
+    assert f"status {answer.run} --target argo --namespace team-a" in answer.out
+
+
+def test_a_pod_without_a_token_is_one_line(command: Command, kube_api: KubeApi, monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
+    answer = command.submit(*ARGO)
+    assert (answer.code, answer.err.count("\n")) == (2, 1)
+    assert "mount its service account's token" in answer.err
+
+
 def test_somebody_elses_template_is_left_alone(command: Command, kube_api: KubeApi):
     command.submit(*ARGO)
     kube_api.objects[TEMPLATE]["metadata"]["labels"] = {}

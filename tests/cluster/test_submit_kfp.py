@@ -8,6 +8,7 @@ import time
 import pytest
 from werkzeug.wrappers import Response
 
+from components.api_calls import ApiServer, Refused
 from tests.cluster.command import RUNS, Command
 from tests.cluster.faulty_server import Fault
 from tests.cluster.kfp_server import KfpServer
@@ -310,3 +311,16 @@ def test_vertex_gets_a_package_and_says_what_to_do_with_it(command: Command, kfp
     assert "console.cloud.google.com/vertex-ai/pipelines" in answer.out
     assert f"output_uri: {RUNS}/first" in answer.out
     assert kfp_server.requests == []
+
+
+def test_what_the_upload_server_says_is_shown_without_its_stack():
+    class Failed(Exception):
+        status, reason, headers = 400, "Bad Request", {}
+        body = '{"error_message": "the file is no pipeline spec", "error_details": "at line 1 of a stack"}'
+
+    def upload() -> None:
+        raise Failed
+
+    with pytest.raises(Refused) as error:
+        ApiServer("Kubeflow Pipelines", "log in").call(upload)
+    assert str(error.value) == "Kubeflow Pipelines: refused (400: the file is no pipeline spec)"
