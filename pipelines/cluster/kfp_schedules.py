@@ -1,4 +1,4 @@
-"""Schedules on Kubeflow Pipelines: one recurring run for each cron expression.
+"""Schedules on Kubeflow Pipelines: recurring runs.
 
 Its API cannot change a recurring run, so a changed schedule is made anew, disabled; then the old one is removed and the
 new one enabled. Kubeflow knows no time zones: it reads cron in its controller's, UTC unless `CRON_SCHEDULE_TIMEZONE` is
@@ -14,7 +14,7 @@ from pipelines.cluster.connection import KfpConnection
 from pipelines.cluster.cron import with_seconds
 from pipelines.cluster.kfp_pipelines import ensure_pipeline, in_namespace, version_name
 from pipelines.cluster.schedules import Declared, Existing, digest_of
-from pipelines.cluster.undo import undone_on_failure
+from pipelines.cluster.undo import Undo, undone_on_failure
 from pipelines.kfp_rendering import config_text, kubernetes_package
 from tuneloop.errors import UserError
 
@@ -35,78 +35,78 @@ class KfpSchedules:
         self._timezone = server_timezone
 
     def digest(self, declared: Declared) -> str:
-        """Of the pipeline's version and everything that the recurring runs say."""
+        """Of the pipeline's version and everything that the recurring run says."""
         if not _same_zone(declared.timezone, self._timezone):
             raise UserError(
                 f"{declared.name}: cluster.schedule.timezone = {declared.timezone}, but Kubeflow Pipelines reads cron "
                 f"in its own time zone, {self._timezone}: write the times in that, name the zone that its controller's "
                 "CRON_SCHEDULE_TIMEZONE has with --server-timezone, or use --target argo"
             )
+        if len(declared.cron) > 1:
+            raise UserError(
+                f"{declared.name}: cluster.schedule.schedules has {len(declared.cron)} expressions; on Kubeflow "
+                "Pipelines each would be a recurring run of its own, and their ticks would overlap: write one, such as "
+                "0 3,15 * * *, or use --target argo"
+            )
         version = version_name(declared.config, kubernetes_package(declared.config))
-        return digest_of([version, *(self._body(declared, cron) for cron in declared.cron)])
+        return digest_of([version, self._body(declared)])
 
     def existing(self, owner: str) -> list[Existing]:
-        """One for each name; several cron expressions of a schedule are several recurring runs."""
-        found: dict[tuple[str, str], list[Any]] = {}
+        """Several of a name are there while one is being replaced."""
+        found = []
         for run in self._all():
             its_owner, _, digest = (run.description or "").removeprefix(_MARK).partition(": ")
             if (run.description or "").startswith(_MARK) and its_owner == owner:
-                found.setdefault((run.display_name, digest), []).append(run)
-        return [_existing(name, digest, runs) for (name, digest), runs in found.items()]
+                cron = _cron(run).partition(" ")[2]
+                found.append(Existing(run.recurring_run_id, run.display_name, digest, not _is_enabled(run), (cron,)))
+        return found
 
     def create(self, declared: Declared) -> None:
-        """Make its recurring runs; what was made is taken back when one of them cannot be."""
+        """Make its recurring run; what was made is taken back when that fails."""
         with undone_on_failure(self._server) as undo:
             made = self._make(declared, undo)
         if not declared.paused:
             self._enable(made, True)
 
     def replace(self, existing: Sequence[Existing], declared: Declared) -> None:
-        """Make the new ones, disabled, remove the old ones, enable the new ones."""
+        """Make the new one, disabled, remove the old ones, enable the new one."""
         with undone_on_failure(self._server) as undo:
             made = self._make(declared, undo)
         for one in existing:
-            self._delete([run for run in one.id.split(",") if run not in made])
+            if one.id != made:
+                self.delete(one)
         self._enable(made, not declared.paused)
 
     def pause(self, existing: Existing, paused: bool) -> None:
-        """Disable or enable its recurring runs."""
-        self._enable(existing.id.split(","), not paused)
+        """Disable or enable its recurring run."""
+        self._enable(existing.id, not paused)
 
     def delete(self, existing: Existing) -> None:
-        """Remove its recurring runs."""
-        self._delete(existing.id.split(","))
+        """Remove its recurring run."""
+        self._server.call(lambda: self._server.absent_as_none(lambda: self._remove(existing.id)))
 
-    def _make(self, declared: Declared, undo: Any) -> list[str]:
-        """The ids of the schedule's recurring runs, those that are there already among them; new ones are disabled."""
+    def _make(self, declared: Declared, undo: Undo) -> str:
+        """The id of the schedule's recurring run, which may be there already; a new one is disabled."""
         pipeline = ensure_pipeline(self._api, declared.config, undo)
-        description = f"{_MARK}{declared.owner}: {self.digest(declared)}"
-        made = []
-        for cron in declared.cron:
-            body = {
-                **self._body(declared, cron),
-                "description": description,
-                "mode": "DISABLE",
-                "experiment_id": pipeline.experiment_id,
-                "pipeline_version_reference": pipeline.reference,
-            }
+        body = {
+            **self._body(declared),
+            "description": f"{_MARK}{declared.owner}: {self.digest(declared)}",
+            "mode": "DISABLE",
+            "experiment_id": pipeline.experiment_id,
+            "pipeline_version_reference": pipeline.reference,
+        }
+        run, _ = undo.ensure(
+            f"recurring run {declared.name}",
+            lambda: next((run for run in self._all_once() if run.description == body["description"]
+                          and run.display_name == declared.name), None),
+            lambda: self._api.client.recurring_runs.recurring_run_service_create_recurring_run(
+                body, _request_timeout=TIMEOUT_SECONDS
+            ),
+            lambda found: self._remove(found.recurring_run_id),
+        )  # fmt: skip
+        return run.recurring_run_id
 
-            def find(body: dict[str, Any] = body) -> Any:
-                alike = (run for run in self._all_once() if run.description == description)
-                return next((run for run in alike if _cron(run) == body["trigger"]["cron_schedule"]["cron"]), None)
-
-            run, _ = undo.ensure(
-                f"recurring run {declared.name}",
-                find,
-                lambda body=body: self._api.client.recurring_runs.recurring_run_service_create_recurring_run(
-                    body, _request_timeout=TIMEOUT_SECONDS
-                ),
-                lambda found: self._remove(found.recurring_run_id),
-            )
-            made.append(run.recurring_run_id)
-        return made
-
-    def _body(self, declared: Declared, cron: str) -> dict[str, Any]:
+    def _body(self, declared: Declared) -> dict[str, Any]:
         """A recurring run, without what only the server knows."""
         parameters = {
             "config": config_text(declared.config),
@@ -116,7 +116,7 @@ class KfpSchedules:
             "display_name": declared.name,
             "max_concurrency": "1",  # a tick that is still at work holds back the next one
             "no_catchup": True,
-            "trigger": {"cron_schedule": {"cron": with_seconds(cron)}},
+            "trigger": {"cron_schedule": {"cron": with_seconds(declared.cron[0])}},
             "runtime_config": {"parameters": parameters},
         }
         if self._api.namespace and declared.config.cluster.service_account:
@@ -137,17 +137,12 @@ class KfpSchedules:
             if not token:
                 return found
 
-    def _enable(self, ids: Sequence[str], enabled: bool) -> None:
+    def _enable(self, identity: str, enabled: bool) -> None:
         api = self._api.client.recurring_runs
         call = api.recurring_run_service_enable_recurring_run if enabled else (
             api.recurring_run_service_disable_recurring_run
         )  # fmt: skip
-        for one in ids:
-            self._server.call(lambda one=one: call(one, _request_timeout=TIMEOUT_SECONDS))
-
-    def _delete(self, ids: Sequence[str]) -> None:
-        for one in ids:
-            self._server.call(lambda one=one: self._server.absent_as_none(lambda: self._remove(one)))
+        self._server.call(lambda: call(identity, _request_timeout=TIMEOUT_SECONDS))
 
     def _remove(self, identity: str) -> Any:
         return self._api.client.recurring_runs.recurring_run_service_delete_recurring_run(
@@ -155,18 +150,6 @@ class KfpSchedules:
             propagation_policy="ORPHAN",  # else Kubernetes ends the ticks that are at work, which it owns
             _request_timeout=TIMEOUT_SECONDS,
         )
-
-
-def _existing(name: str, digest: str, runs: list[Any]) -> Existing:
-    states = {_is_enabled(run) for run in runs}
-    return Existing(
-        id=",".join(run.recurring_run_id for run in runs),
-        name=name,
-        digest=digest,
-        paused=True not in states,
-        cron=tuple(_cron(run).partition(" ")[2] for run in runs),
-        ready=len(states) == 1,
-    )
 
 
 def _is_enabled(run: Any) -> bool:

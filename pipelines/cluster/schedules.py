@@ -57,7 +57,6 @@ class Existing:
         id: what the backend calls it.
         digest: of what it was made from.
         paused: no tick begins until it is resumed.
-        ready: false for one that was being made or replaced when its maker was killed.
     """
 
     id: str
@@ -65,7 +64,6 @@ class Existing:
     digest: str
     paused: bool
     cron: tuple[str, ...]
-    ready: bool = True
 
 
 @dataclass(frozen=True)
@@ -164,20 +162,26 @@ def _declared(path: Path, owner: str, namespace: str) -> Declared:
 
 
 def compare(backend: Schedules, owner: str, declared: Sequence[Declared]) -> list[Change]:
-    """What has to be done, by name; nothing is done."""
+    """What has to be done, by name; nothing is done.
+
+    Raises:
+        UserError: the backend cannot run one as it is declared; it was not asked for anything.
+    """
+    digests = [backend.digest(one) for one in declared]
     existing: dict[str, list[Existing]] = {}
     for found in backend.existing(owner):
         existing.setdefault(found.name, []).append(found)
-    changes = [_change(backend, one, tuple(existing.pop(one.name, ()))) for one in declared]
+    changes = [
+        _change(one, digest, tuple(existing.pop(one.name, ()))) for one, digest in zip(declared, digests, strict=True)
+    ]
     return [*changes, *(Change(DELETE, name, existing=tuple(found)) for name, found in sorted(existing.items()))]
 
 
-def _change(backend: Schedules, declared: Declared, existing: tuple[Existing, ...]) -> Change:
+def _change(declared: Declared, digest: str, existing: tuple[Existing, ...]) -> Change:
     if not existing:
         return Change(CREATE, declared.name, declared)
     [first, *more] = existing
-    whole = first.ready and len(first.cron) == len(declared.cron)
-    if more or not whole or first.digest != backend.digest(declared):
+    if more or first.digest != digest:
         return Change(REPLACE, declared.name, declared, existing)
     if first.paused != declared.paused:
         return Change(PAUSE if declared.paused else RESUME, declared.name, declared, existing)

@@ -109,16 +109,15 @@ def test_another_config_is_another_version(on_kfp, kfp_server):
     assert run["pipeline_version_reference"]["pipeline_version_id"] == newest
 
 
-def test_several_expressions_are_one_schedule(on_kfp, kfp_server):
+def test_several_expressions_would_overlap_and_are_refused(on_kfp, kfp_server):
     on_kfp.add("sums", '["0 3 * * *", "0 15 * * *"]')
+    answer = on_kfp("apply")
+    assert answer.code == 2
+    assert "their ticks would overlap: write one, such as 0 3,15 * * *" in answer.err
+    assert {path for _, path in kfp_server.requests} == {"/apis/v2beta1/healthz"}
+    on_kfp.add("sums", '["0 3,15 * * *"]')
     on_kfp("apply")
-    assert len(recurring(kfp_server)) == 2
-    assert "keep     tuneloop-sums" in on_kfp("apply").out
-    kfp_server.stored["recurringruns"].pop()  # somebody removed one of them in the console
-    assert "replace  tuneloop-sums" in on_kfp("apply").out
-    assert len(recurring(kfp_server)) == 2
-    assert {run["status"] for run in recurring(kfp_server)} == {"ENABLED"}
-    assert on_kfp("list").out.split() == ["tuneloop-sums", "active", "0", "3", "*", "*", "*;", "0", "15", "*", "*", "*"]
+    assert on_kfp("list").out.split() == ["tuneloop-sums", "active", "0", "3,15", "*", "*", "*"]
 
 
 def test_pause_and_resume_and_delete(on_kfp, kfp_server):
@@ -217,7 +216,7 @@ def test_time_zone_that_kubeflow_does_not_read_is_refused(on_kfp, kfp_server):
     answer = on_kfp("apply")
     assert answer.code == 2
     assert "Kubeflow Pipelines reads cron in its own time zone, UTC" in answer.err
-    assert recurring(kfp_server) == []
+    assert {path for _, path in kfp_server.requests} == {"/apis/v2beta1/healthz"}
     assert on_kfp("apply", "--server-timezone", "Europe/Berlin").code == 0
 
 
