@@ -95,7 +95,7 @@ def ours(request: argparse.Namespace, mode: str) -> dict[str, Any]:
     from tuneloop.training.learner import Learner
     from tuneloop.training.policy import FullPolicy, Policy
     from tuneloop.training.settings import RlSettings
-    from tuneloop.training.world import World
+    from tuneloop.world import World
 
     folder = model_folder(request.model or request.shape, Path(request.scratch))
     model, tokenizer = load_model(folder, "bfloat16"), load_tokenizer(folder)

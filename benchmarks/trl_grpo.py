@@ -133,7 +133,7 @@ def ours(model_uri: str, shape: str, updates: str) -> dict[str, Any]:
     from tuneloop.memory import keep_freed_memory
     from tuneloop.rollout.engine import SampleStream
     from tuneloop.settings import SamplingSettings
-    from tuneloop.training.world import World
+    from tuneloop.world import World
 
     keep_freed_memory()
     prompts, samples, tokens = SHAPES[shape]
@@ -208,7 +208,7 @@ def losses(model_uri: str) -> dict[str, Any]:
     from tuneloop.models.sources import resolve_model
     from tuneloop.rollout.engine import SampleStream
     from tuneloop.settings import SamplingSettings
-    from tuneloop.training.world import World
+    from tuneloop.world import World
 
     policy, sync, tokenizer, learner = _set_up(model_uri, 4, 4, World(), dtype="float32")
     _disturb(policy, 0)

@@ -23,7 +23,7 @@ from tuneloop.rollout.weight_sync import Canary, WeightSync
 from tuneloop.training.rl import RlTask, RlTrainer
 from tuneloop.training.settings import RlSettings
 from tuneloop.training.stopping import StopRequest
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 # Nats a token between two right computations: bfloat16 gives about 0.04, float32 about 1e-6.
 CANARY_TOLERANCES = {"bfloat16": 0.1, "float32": 1e-3}

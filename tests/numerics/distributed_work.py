@@ -26,7 +26,7 @@ from tuneloop.settings import LoraSettings, OptimizerSettings
 from tuneloop.training.launch import take_part
 from tuneloop.training.optim import MasterAdamW, Optimizer
 from tuneloop.training.settings import DistributedSettings
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 MODEL = "tiny://qwen2?seed=0"
 STEPS, LATER_STEPS = 2, 2

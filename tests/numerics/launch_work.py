@@ -12,7 +12,7 @@ from tuneloop.errors import TryAgain, UserError
 from tuneloop.training.launch import take_part
 from tuneloop.training.settings import DistributedSettings
 from tuneloop.training.stopping import StopRequest
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 
 def work(how: str) -> dict:

@@ -13,7 +13,7 @@ from tuneloop.rollout.engine import SampleStream
 from tuneloop.rollout.led_engine import LedEngine
 from tuneloop.rollout.torch_engine import TorchEngine
 from tuneloop.settings import SamplingSettings
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 BASE = "tiny://qwen2?seed=3"
 PROMPTS = [[40, 41, 42, 43, 44], [50], [60, 61, 62]]

@@ -30,7 +30,7 @@ from tuneloop.training.score import rollout_gap, score_rollout
 from tuneloop.training.settings import RlSettings, SftSettings
 from tuneloop.training.sft import validation_loss, warm_up
 from tuneloop.training.update import update_policy
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 EXAMPLES = [
     Example(id=str(n), messages=[{"role": "user", "content": f"{n}?"}], answer=str(n % 10), completion=str(n % 10) * 3)

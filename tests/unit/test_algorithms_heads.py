@@ -19,7 +19,7 @@ from tuneloop.training.optim import MasterAdamW
 from tuneloop.training.prepass import prepass
 from tuneloop.training.reference import ReferencePolicy
 from tuneloop.training.settings import RlSettings
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 GROUPS = [([5, 6, 7], [[8, 9], [10]]), ([11], [[12, 13, 14]]), ([15, 16], [[17], [18, 19]])]
 

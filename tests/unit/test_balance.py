@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tuneloop.models.packed import Group
 from tuneloop.training.balance import GroupCost, partition
 from tuneloop.training.batching import micro_batches, packed_length, shared_out
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 
 def totals(costs, parts):

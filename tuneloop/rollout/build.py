@@ -20,7 +20,7 @@ from tuneloop.rollout.settings import EngineSettings, cpu_cache_bytes, engine_ra
 from tuneloop.rollout.shared_memory import model_in_memory
 from tuneloop.rollout.torch_engine import TorchEngine, end_token_ids
 from tuneloop.settings import SamplingSettings
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 if TYPE_CHECKING:
     from tuneloop.rollout.vllm_engine import VllmOptions

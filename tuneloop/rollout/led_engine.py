@@ -7,7 +7,7 @@ from tuneloop.memory import release_gpu_memory
 from tuneloop.models.adapter_io import Adapter
 from tuneloop.rollout.engine import DEFAULT_ADAPTER, Completion, RolloutEngine, SampleStream
 from tuneloop.settings import SamplingSettings
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 T = TypeVar("T")
 

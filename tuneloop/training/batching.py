@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from tuneloop.models.packed import Group
 from tuneloop.training.balance import partition
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 
 def packed_length(group: Group) -> int:

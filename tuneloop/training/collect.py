@@ -15,7 +15,7 @@ from tuneloop.data.schema import Example
 from tuneloop.rewards.base import Score, Scorer
 from tuneloop.rollout.engine import DEFAULT_ADAPTER, Completion, RolloutEngine, SampleStream
 from tuneloop.settings import SamplingSettings
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 
 @dataclass(frozen=True)

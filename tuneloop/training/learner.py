@@ -17,7 +17,7 @@ from tuneloop.training.rank_schedule import RankScheduler
 from tuneloop.training.score import Minibatch, score_rollout
 from tuneloop.training.settings import RlSettings
 from tuneloop.training.update import update_policy
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 
 class Learner:

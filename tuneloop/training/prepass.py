@@ -16,7 +16,7 @@ from tuneloop.training.batching import packed_length, shared_out
 from tuneloop.training.heads import score_with_heads
 from tuneloop.training.reference import Reference
 from tuneloop.training.settings import RlSettings
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tuneloop.training.run_state import RunState
 from tuneloop.training.score import rollout_gap
 from tuneloop.training.settings import RlSettings
 from tuneloop.training.stopping import Abandoned, StopRequest
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 GREEDY = SamplingSettings(temperature=0.0)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tuneloop.checkpoint import CheckpointStore
 from tuneloop.metrics import JsonLines, MetricsWriter
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 Tensors = dict[str, torch.Tensor]
 

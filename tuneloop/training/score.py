@@ -24,7 +24,7 @@ from tuneloop.training.collect import Rollout
 from tuneloop.training.prepass import Prepass, prepass
 from tuneloop.training.reference import Reference
 from tuneloop.training.settings import RlSettings
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 PROBED_PROMPTS = 8  # prompts on which KL is measured when the objective does not hold the reference
 PROBED_COMPLETIONS = 2  # of each

@@ -17,7 +17,7 @@ from tuneloop.training.heads import score_with_heads
 from tuneloop.training.optim import Optimizer
 from tuneloop.training.score import MicroBatch, Minibatch
 from tuneloop.training.settings import RlSettings
-from tuneloop.training.world import World
+from tuneloop.world import World
 
 
 def update_policy(
