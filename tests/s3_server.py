@@ -32,7 +32,7 @@ class S3Server:
             again they are gone.
         lose_answers: how many more writes are carried out but answered by 500.
         cut_bodies: how many more bodies of GET end after `cut_share` of their bytes.
-        ignore_conditions: writes are carried out whatever their If-Match and If-None-Match say.
+        ignore_conditions: headers (IF_MATCH, IF_NONE_MATCH) of writes that are carried out whatever those say.
         trouble: by chance a request is answered 503 (10 in 100), its connection breaks half-way (3) or it is slow (3).
         troubles: how often each happened.
         requests: every (method, path) that came.
@@ -55,7 +55,8 @@ class S3Server:
         self.refuse: dict[tuple[str, int, str], int] = {}
         self.lose_answers = self.lose_completions = self.cut_bodies = 0
         self.cut_share = 0.5
-        self.ignore_conditions = self.trouble = False
+        self.ignore_conditions: set[str] = set()
+        self.trouble = False
         self.troubles: collections.Counter[str] = collections.Counter()
         self._draw = random.Random(0)
         self.requests: list[tuple[str, str]] = []
@@ -77,8 +78,7 @@ class S3Server:
         if kind == "broken" and method != "GET":
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
             return _break(environ)
-        if self.ignore_conditions:
-            environ = {name: value for name, value in environ.items() if "_MATCH" not in name}
+        environ = {name: value for name, value in environ.items() if name[5:] not in self.ignore_conditions}
         answer: list[Any] = []
         with self._one_at_a_time:
             body = b"".join(self._app(environ, lambda *arguments: answer.extend(arguments[:2])))

@@ -69,11 +69,17 @@ def _of_the_cluster(look: ClusterLook, config: RunConfig, target: str) -> Iterat
         yield f"secret {secret}", lambda secret=secret: look.secret(secret)
     for secret in config.cluster.image_pull_secrets:
         yield f"secret {secret}", lambda secret=secret: look.secret(secret)
-    gpus = max(place(config, step, "").gpus for step in STEP_NAMES)
+    launches = config.lora_rl.distributed.launcher == "trainjob"
+    if launches:
+        yield f"training runtime {config.lora_rl.distributed.trainjob.runtime}", look.runtime
+    nodes = config.lora_rl.distributed.trainjob.gpus if launches else 0
+    gpus = max(nodes, *(place(config, step, "").gpus for step in STEP_NAMES))
     if gpus:
         yield f"{gpus} x {config.cluster.gpu_resource} on one node", lambda: look.gpus(gpus)
     if config.cluster.queue:
         yield f"queue {config.cluster.queue}", look.queue
+        if config.cluster.queue_priority:
+            yield f"priority {config.cluster.queue_priority}", look.priority
 
 
 def _config(config: RunConfig, runs_uri: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from components.api_calls import TIMEOUT_SECONDS, Refused
 from components.config import RunConfig
 from pipelines.cluster.connection import ConnectionSettings, KubeConnection
+from pipelines.cluster.doctor_nodes import look_at_nodes
 from pipelines.cluster.not_checked import NotChecked
 from tuneloop.errors import UserError
 
@@ -77,7 +78,7 @@ class ClusterLook:
     def needed_kinds(self, target: str) -> list[str]:
         """Group and version of the custom resources that a run uses."""
         kinds = [ARGO] if target == "argo" else []
-        if getattr(self._launches, "launcher", "inline") == "trainjob":
+        if self._launches.launcher == "trainjob":
             kinds.append(TRAINER)
         return [*kinds, *([KUEUE] if self._cluster.queue else [])]
 
@@ -139,21 +140,36 @@ class ClusterLook:
         return f"has {', '.join(sorted(wanted))}" if wanted else "is there"
 
     def gpus(self, wanted: int) -> str:
-        """Whether some node has that many of the resource, and fits the selectors."""
-        resource = self._cluster.gpu_resource
-        selector = {**self._cluster.node_selector, **self._cluster.gpu_node_selector}
+        """Whether some node has that many of the resource, and takes the pods."""
+        cluster = self._cluster
         nodes = self._allowed("list nodes", lambda: self._kube.core.list_node(_request_timeout=TIMEOUT_SECONDS)).items
-        fitting = [node for node in nodes if selector.items() <= (node.metadata.labels or {}).items()]
-        counts = sorted((int((node.status.allocatable or {}).get(resource, 0)) for node in fitting), reverse=True)
-        if not counts:
-            wanted_labels = ", ".join(f"{key}={value}" for key, value in selector.items())
-            raise UserError(f"no node has the labels {wanted_labels}: correct [cluster] gpu_node_selector")
-        if counts[0] < wanted:
-            others = sorted({name for node in nodes for name in node.status.allocatable or {} if "/" in name})
-            hint = f"; extended resources there: {', '.join(others)}" if not counts[0] and others else ""
-            raise UserError(f"the largest of {len(fitting)} nodes has {counts[0]} of {resource}: ask for fewer GPUs "
-                            f"([check] gpus), or add a node{hint}")  # fmt: skip
-        return f"{sum(counts)} on {sum(count > 0 for count in counts)} nodes, {counts[0]} on the largest"
+        selector = {**cluster.node_selector, **cluster.gpu_node_selector}
+        tolerations = cluster.tolerations + cluster.gpu_tolerations
+        return look_at_nodes(nodes, wanted, cluster.gpu_resource, selector, tolerations)
+
+    def runtime(self) -> str:
+        """Whether what TrainJobs are made from is there."""
+        name, (group, _, version) = self._launches.trainjob.runtime, TRAINER.partition("/")
+        self._read(
+            f"ClusterTrainingRuntime {name}",
+            lambda: self._kube.custom.get_cluster_custom_object(
+                group, version, "clustertrainingruntimes", name, _request_timeout=TIMEOUT_SECONDS
+            ),
+            "apply manifests/components/trainer, or correct lora_rl.distributed.trainjob.runtime",
+        )
+        return "is there"
+
+    def priority(self) -> str:
+        """Whether Kueue knows the priority."""
+        name, (group, _, version) = self._cluster.queue_priority, KUEUE.partition("/")
+        self._read(
+            f"WorkloadPriorityClass {name}",
+            lambda: self._kube.custom.get_cluster_custom_object(
+                group, version, "workloadpriorityclasses", name, _request_timeout=TIMEOUT_SECONDS
+            ),
+            "apply manifests/components/kueue, or correct [cluster] queue_priority",
+        )
+        return "is there"
 
     def queue(self) -> str:
         """Whether the local queue is there and takes work."""

@@ -18,6 +18,7 @@ _MANIFESTS = ", ".join((
 ))  # fmt: skip
 _CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 _SECONDS = 15.0
+_NOBODYS = f'"{"0" * 32}"'  # no object's version
 
 
 def look_at_store(uri: str) -> str:
@@ -32,12 +33,12 @@ def look_at_store(uri: str) -> str:
     try:
         if storage.read_bytes(key) != content:
             raise UserError("gives back other bytes than were written; use another store")
-        try:
-            storage.write_bytes(key, content, if_version=ABSENT)
-        except VersionConflict:
-            pass
-        else:
-            raise UserError("ignores If-None-Match on PUT, so two runs could both promote; use a store that honours it")
+        for header, version in (("If-None-Match", ABSENT), ("If-Match", _NOBODYS)):
+            try:
+                storage.write_bytes(key, content, if_version=version)
+            except VersionConflict:
+                continue
+            raise UserError(f"ignores {header} on PUT, so two runs could both promote; use a store that honours it")
     finally:
         storage.delete(key)
     return "written, read, guarded by conditions, deleted; with the credentials of this machine"

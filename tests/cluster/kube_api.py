@@ -27,6 +27,7 @@ _IN_NAMESPACE = r"namespaces/(?P<namespace>[^/]+)"
 _CUSTOM = re.compile(rf"/apis/(?P<group>[^/]+)/(?P<version>[^/]+)/{_IN_NAMESPACE}/(?P<plural>[^/]+)(/(?P<name>[^/]+))?")
 _PODS = re.compile(rf"/api/v1/{_IN_NAMESPACE}/pods(/(?P<name>[^/]+))?(?P<log>/log)?")
 _CORE = re.compile(rf"/api/v1/(namespaces/[^/]+|nodes|{_IN_NAMESPACE}/(serviceaccounts|secrets)/[^/]+)")
+_OF_THE_CLUSTER = re.compile(r"/apis/[^/]+/v1[^/]+/(clustertrainingruntimes|workloadpriorityclasses)/[^/]+")
 _QUERIES = {
     "list": {"labelSelector", "limit", "continue", "fieldSelector"},
     "log": {"container", "follow", "timestamps", "sinceSeconds"},
@@ -89,7 +90,8 @@ class KubeApi(FaultyServer):
             return self._pod(request, match["name"], bool(match["log"]))
         if request.path == "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews" and request.method == "POST":
             return self._review(request.get_json())
-        if request.method == "GET" and (request.path in self.things or _CORE.fullmatch(request.path)):
+        known = request.path in self.things or _CORE.fullmatch(request.path) or _OF_THE_CLUSTER.fullmatch(request.path)
+        if request.method == "GET" and known:
             found = self.things.get(request.path)
             return json_response(found) if found else self.error(404, f"{request.path} not found")
         self.violations.append(f"{request.method} {request.path}: no such path")

@@ -24,6 +24,7 @@ _VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete
 # `doctor` says that it may not look, where a user may not; what everybody may ask about themselves
 _BESIDE = {
     ("", "namespaces", "get"), ("", "nodes", "list"), ("", "secrets", "get"), ("", "serviceaccounts", "get"),
+    ("trainer.kubeflow.org", "clustertrainingruntimes", "get"), ("kueue.x-k8s.io", "workloadpriorityclasses", "get"),
     ("authorization.k8s.io", "selfsubjectaccessreviews", "create"),
 }  # fmt: skip
 

@@ -57,7 +57,7 @@ def cluster(kube_api: KubeApi, s3_server) -> KubeApi:  # noqa: F811
     groups = [{"name": name, "versions": [{"groupVersion": f"{name}/{version}", "version": version}]}
               for name, version in GROUPS.items()]  # fmt: skip
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    node = {"metadata": {"name": "n1", "labels": {"gpu": "h100"}},
+    node = {"metadata": {"name": "n1", "labels": {"gpu": "h100"}}, "spec": {},
             "status": {"allocatable": {"cpu": "64", "nvidia.com/gpu": "8"}}}  # fmt: skip
     kube_api.things = {
         "/version/": {"major": "1", "minor": "34+", "gitVersion": "v1.34.1", "gitCommit": "", "gitTreeState": "",
@@ -66,6 +66,8 @@ def cluster(kube_api: KubeApi, s3_server) -> KubeApi:  # noqa: F811
         "/api/v1/namespaces/tuneloop": {"metadata": {"name": "tuneloop", "labels": labels}},
         "/api/v1/namespaces/tuneloop/serviceaccounts/tuneloop-step": {"metadata": {"name": "tuneloop-step"}},
         "/api/v1/namespaces/tuneloop/secrets/store": {"metadata": {"name": "store"}, "data": {"KEY_ID": "eA=="}},
+        "/apis/kueue.x-k8s.io/v1beta2/workloadpriorityclasses/soon": {"metadata": {"name": "soon"}, "value": 1},
+        "/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/tuneloop": {"metadata": {"name": "tuneloop"}},
         "/api/v1/nodes": {"kind": "NodeList", "apiVersion": "v1", "metadata": {}, "items": [node]},
     }  # fmt: skip
     queue = {"metadata": {"name": "gpus"}, "spec": {"clusterQueue": "tuneloop"},
@@ -137,6 +139,44 @@ def test_node_that_no_selector_finds(doctor, cluster):
     assert "no node has the labels gpu=a100" in doctor('cluster.gpu_node_selector={gpu="a100"}').out
 
 
+def taint(cluster: KubeApi, **more: str) -> None:
+    cluster.things["/api/v1/nodes"]["items"][0]["spec"] = {"taints": [{"effect": "NoSchedule", **more}]}
+
+
+def test_node_that_repels_the_pods(doctor, cluster):
+    taint(cluster, key="pool", value="training")
+    answer = doctor()
+    assert answer.code == 2
+    assert "node n1 has the taint pool=training:NoSchedule: tolerate it in [cluster] gpu_tolerations" in answer.out
+    assert doctor('cluster.tolerations=[{key="pool", value="serving"}]').code == 2
+    assert doctor('cluster.tolerations=[{key="pool", value="training"}]').code == 0
+    assert doctor('cluster.tolerations=[{operator="Exists"}]').code == 0
+
+
+def test_taint_of_the_gpus_may_be_tolerated_by_the_cluster_itself(doctor, cluster):
+    taint(cluster, key="nvidia.com/gpu", value="present")
+    assert doctor().code == 0  # as [cluster] has it by default
+    answer = doctor("cluster.gpu_tolerations=[]")
+    assert (answer.code, "ExtendedResourceToleration" in answer.out) == (0, True)
+    assert [line for line in answer.out.splitlines() if line.startswith("unknown")]
+
+
+def test_priority_that_kueue_does_not_know(doctor, cluster):
+    assert doctor("cluster.queue_priority=soon").code == 0
+    assert (
+        "priority later: is not there: apply manifests/components/kueue" in doctor("cluster.queue_priority=later").out
+    )
+
+
+def test_run_on_several_nodes_needs_a_runtime_and_its_nodes_gpus(doctor, cluster):
+    several = ('lora_rl.distributed.launcher="trainjob"', "cluster.steps.lora_rl.gpus=0")
+    assert "training runtime tuneloop: is there" in doctor(*several).out
+    answer = doctor(*several, "lora_rl.distributed.trainjob.gpus=16")
+    assert "16 x nvidia.com/gpu on one node: the largest of 1 nodes has 8" in answer.out
+    del cluster.things["/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/tuneloop"]
+    assert "training runtime tuneloop: is not there: apply manifests/components/trainer" in doctor(*several).out
+
+
 def test_what_one_may_not_look_at_is_no_failure(doctor, cluster):
     cluster.faults += [Fault(path="/secrets/", status=403), Fault(path="/nodes", status=403)]
     answer = doctor()
@@ -156,8 +196,10 @@ def test_cluster_that_is_away_leaves_the_other_lines(doctor, cluster):
 
 
 def test_store_that_ignores_conditions_is_refused(doctor, cluster, s3_server):  # noqa: F811
-    s3_server.ignore_conditions = True
+    s3_server.ignore_conditions = {"IF_MATCH", "IF_NONE_MATCH"}
     assert "ignores If-None-Match on PUT" in doctor().out
+    s3_server.ignore_conditions = {"IF_MATCH"}
+    assert "ignores If-Match on PUT" in doctor().out
 
 
 def test_bucket_that_is_not_there(command, cluster, registry):

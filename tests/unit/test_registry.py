@@ -176,7 +176,7 @@ def test_a_killed_registration_is_invisible_and_blocks_nobody(local, tmp_path, p
 
 
 def test_a_server_that_ignores_conditions_is_refused(s3_server, tmp_path):  # noqa: F811
-    s3_server.ignore_conditions = True
+    s3_server.ignore_conditions = {"IF_MATCH", "IF_NONE_MATCH"}
     registry = Registry(f"s3://{BUCKET}/registry")
     with pytest.raises(UserError, match="ignores If-None-Match"):
         register(registry, tmp_path, "a")
@@ -187,7 +187,7 @@ def test_a_server_that_ignores_if_match_moves_no_alias(s3_server, tmp_path):  # 
     registry = Registry(f"s3://{BUCKET}/registry")
     first, second = register(registry, tmp_path, "a"), register(registry, tmp_path, "b")
     registry.promote("math", first.version, "production", None)
-    s3_server.ignore_conditions = True
+    s3_server.ignore_conditions = {"IF_MATCH", "IF_NONE_MATCH"}
     with pytest.raises(UserError, match="ignores If-Match"):
         registry.promote("math", second.version, "production", first.version)
     assert registry.alias("math").version == first.version
