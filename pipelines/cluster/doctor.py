@@ -43,7 +43,7 @@ def examine(config: RunConfig, runs_uri: str, target: str, settings: ConnectionS
     for image in sorted({config.cluster.base_image, config.cluster.train_image}):
         yield _finding(f"image {image}", lambda image=image: look_at_image(image, config.cluster.image_pull_secrets))
     if target == "kfp":
-        yield _finding("Kubeflow Pipelines", lambda: _kubeflow(settings))
+        yield _finding("Kubeflow Pipelines", lambda: _kubeflow(config, settings))
     cluster: ClusterLook | None = None
 
     def reach() -> str:
@@ -87,12 +87,18 @@ def _config(config: RunConfig, runs_uri: str) -> str:
     return require_fit(config)
 
 
-def _kubeflow(settings: ConnectionSettings) -> str:
+def _kubeflow(config: RunConfig, settings: ConnectionSettings) -> str:
     from pipelines.cluster.connection import KfpConnection
 
     connection = KfpConnection(settings)
-    mode = f"several users, namespace {connection.namespace}" if connection.namespace else "a single user"
-    return f"{connection.server.name}, for {mode}"
+    if connection.namespace:
+        return f"{connection.server.name}, for several users, namespace {connection.namespace}"
+    if config.cluster.namespace != connection.kfp_namespace:
+        raise UserError(
+            f"{connection.server.name}: has a single user, so pods run in its own namespace and find their secrets and "
+            f'queue there: set [cluster] namespace = "{connection.kfp_namespace}" (docs/kubeflow.md)'
+        )
+    return f"{connection.server.name}, for a single user"
 
 
 def _finding(what: str, check: Callable[[], str]) -> Finding:

@@ -78,13 +78,13 @@ def cluster(kube_api: KubeApi, s3_server) -> KubeApi:  # noqa: F811
 
 @pytest.fixture
 def doctor(command: Command, registry: Registry):
-    def call(*more: str) -> Answer:
+    def call(*more: str, options: tuple[str, ...] = ("--target", "argo")) -> Answer:
         images = [f"cluster.{kind}_image={registry.host}/tuneloop/{kind}:1" for kind in ("base", "train")]
         sets = [*images, "cluster.queue=gpus", "cluster.steps.lora_rl.gpus=8",
                 'cluster.secrets=[{secret="store", key="KEY_ID", env="AWS_ACCESS_KEY_ID"}]', *more]  # fmt: skip
         given = [part for one in sets for part in ("--set", one)]
         return command("doctor", "--config", str(command.toml), *ON_A_CLUSTER, *given, "--output", RUNS,
-                       "--target", "argo", "--patience", "0")  # fmt: skip
+                       *options, "--patience", "0")  # fmt: skip
 
     return call
 
@@ -128,6 +128,18 @@ def test_what_is_missing_is_named_with_what_to_do(doctor, cluster, broken, said)
     [line] = [line for line in answer.out.splitlines() if line.startswith("FAILED")]
     assert said in line
     assert "1 of" in answer.err
+
+
+def test_kubeflow_of_one_user_runs_pods_in_its_own_namespace(doctor, cluster, kfp_server):
+    on_kfp = ("--target", "kfp", "--host", kfp_server.url)
+    answer = doctor(options=on_kfp)
+    [line] = [line for line in answer.out.splitlines() if line.startswith("FAILED")]
+    assert "has a single user, so pods run in its own namespace" in line
+    assert 'set [cluster] namespace = "kubeflow"' in line
+    kfp_server.multi_user = True
+    answer = doctor(options=on_kfp)
+    assert answer.code == 0, answer.out
+    assert "for several users, namespace tuneloop" in answer.out
 
 
 def test_resource_of_another_name_is_told(doctor, cluster):
