@@ -104,14 +104,14 @@ class Steps(StrictModel):
 
 
 class ScheduleSettings(StrictModel):
-    """When Argo starts a run by itself: the CronWorkflow."""
+    """When runs start by themselves: a recurring run of Kubeflow Pipelines, a CronWorkflow of Argo."""
 
     runs_uri: Annotated[str, Field(pattern=r"^s3://[^/]+(/.*)?$")]  # every tick makes a run folder of its own below
     schedules: Annotated[tuple[Annotated[str, Field(pattern=r"^(\S+\s+){4}\S+$")], ...], Field(min_length=1)] = (
         "0 3 * * *",
     )  # minute, hour, day of month, month, day of week
     timezone: Annotated[str, Field(pattern=r"^[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*$")] = "Etc/UTC"
-    starting_deadline_seconds: Annotated[int, Field(ge=0)] = 3600  # a tick that is later than this is left out
+    starting_deadline_seconds: Annotated[int, Field(ge=0)] = 3600  # Argo: a tick that is later than this is left out
     suspend: bool = True  # until somebody resumes it
 
 
@@ -140,7 +140,7 @@ class ClusterConfig(StrictModel):
     retry_seconds: PositiveInt = 60  # before the first; later ones wait longer
     keep_days: PositiveInt = 14  # a finished Argo workflow; what it made lies in the object store
     steps: Steps = Steps()
-    schedule: ScheduleSettings | None = None  # None: no CronWorkflow
+    schedule: ScheduleSettings | None = None  # None: only when somebody submits it
 
     @model_validator(mode="after")
     def _no_secret_in_plain_sight(self) -> "ClusterConfig":

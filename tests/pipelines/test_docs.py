@@ -3,11 +3,18 @@
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
-from components.config import load_run_config
+from components.config import RunConfig, load_run_config
+from tuneloop.data.schema import Example
+from tuneloop.rewards.base import build_scorer
+from tuneloop.settings import RewardSettings, TaskSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRACKED = subprocess.run(["git", "ls-files", "*.md"], cwd=REPOSITORY, capture_output=True, text=True).stdout.split()
@@ -50,6 +57,40 @@ def test_commands_and_options_exist():
             text += done.stdout
         known = set(re.findall(r"--[a-z][a-z-]+", text))
         assert options <= known, (command, options - known)
+
+
+def setting_names(kind: Any) -> Iterator[str]:
+    """Every key that a section may hold, and those of the sections in it."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        for name, field in kind.model_fields.items():
+            yield name
+            yield from setting_names(field.annotation)
+    for part in get_args(kind):
+        yield from setting_names(part)
+
+
+def test_every_setting_is_on_a_page():
+    written = set(re.findall(r"\w+", "\n".join(page.read_text() for page in PAGES)))
+    names = set(setting_names(RunConfig))
+    assert len(names) > 150
+    assert names <= written, names - written
+
+
+def test_task_and_reward_of_the_page_work(tmp_path, monkeypatch):
+    page = (REPOSITORY / "docs" / "task.md").read_text()
+    task, own = re.findall(r"```toml\n(.*?)```", page, re.S)
+    [code] = re.findall(r"```python\n# my_rewards.py\n(.*?)```", page, re.S)
+    (tmp_path / "my_rewards.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    rewards = TaskSettings.model_validate(tomllib.loads(task)["task"]).rewards
+    scorer = build_scorer([*rewards, *(RewardSettings(**reward) for reward in tomllib.loads(own)["task"]["rewards"])])
+
+    row = Example(id="row", messages=[], answer="72", completion="", reward_kind="", metadata={})
+    assert scorer.score(row, "6 * 12\n\\boxed{72}.").parts == {"numeric": 1.0, "boxed": 1.0, "python": 0.0}
+    assert scorer.score(row, "it is 72").parts == {"numeric": 1.0, "boxed": 0.0, "python": 0.5}
+    assert scorer.score(row, "72").parts["python"] == 1.0
+    kinds = set(get_args(RewardSettings.model_fields["kind"].annotation))
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == kinds
 
 
 def test_config_of_the_first_run_on_kubeflow(tmp_path):
