@@ -73,7 +73,7 @@ bench: setup ## Run every benchmark (GSM8K=train.jsonl, NAMES="packing engines" 
 	GSM8K="$(GSM8K)" $(BIN)/python -m benchmarks $(NAMES)
 
 report: setup ## Make the report of the newest run again (RUN=name for another)
-	$(BIN)/python -m pipelines report $(RUN)
+	$(BIN)/python -m pipelines report $(or $(RUN),$(shell ls -td runs/*/ 2>/dev/null | head -n 1))
 
 clean: ## Remove the virtual environment, caches and runs (the registry stays)
 	rm -rf $(VENV) runs .cache .pytest_cache .ruff_cache build *.egg-info

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.command_line import CommandLine
+from components.command_line import CommandLine, first_paragraph
 from components.config import RunConfig, load_run_config
 from components.exit_codes import exit_code_of
 from components.node import publish_config, run_folder, run_framed, write_outputs
@@ -35,7 +35,7 @@ def main(step: Step, argv: Sequence[str] | None = None) -> int:
 
 def parser_of(step: Step) -> CommandLine:
     """The options of a step."""
-    parser = CommandLine(prog=f"python -m components.{step.name}", description=step.run.__doc__)
+    parser = CommandLine(prog=f"python -m components.{step.name}", description=first_paragraph(step.run))
     parser.add_argument("--config", required=True, help="the run's TOML or resolved JSON, a path or s3:// URI; or JSON")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting")
     parser.add_argument(

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from components.command_line import CommandLine
+from components.command_line import CommandLine, first_paragraph
 from components.exit_codes import exit_code_of
 from components.node import run_folder
 from tuneloop.storage import is_remote, join_uri
@@ -33,7 +33,7 @@ def run(run_uri: str, error: str = "", copy: Path | None = None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of `python -m components.report`; returns the exit code."""
-    parser = CommandLine(prog="python -m components.report", description=run.__doc__)
+    parser = CommandLine(prog="python -m components.report", description=first_paragraph(run))
     parser.add_argument("--run", required=True, metavar="URI", help="the run folder")
     parser.add_argument("--error", default="", metavar="TEXT", help="why the run ended, when nothing in it tells")
     parser.add_argument("--page", type=Path, metavar="FILE", help="also copy the page to this file")

@@ -1,18 +1,24 @@
-"""What the pages say can be done: links lead somewhere, commands and options exist, the first run's config is valid."""
+"""What the pages say can be done: links lead somewhere, commands, options and settings exist, examples work."""
 
+import importlib
+import os
 import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from pydantic import BaseModel
 
 from components.config import RunConfig, load_run_config
+from components.step_command import main as step_main
+from pipelines.cluster.schedules import ScheduleFile
+from pipelines.steps import STEP_NAMES
 from tuneloop.data.schema import Example
+from tuneloop.report.run_record import RunRecord
 from tuneloop.rewards.base import build_scorer
 from tuneloop.settings import RewardSettings, TaskSettings
 
@@ -74,6 +80,66 @@ def test_every_setting_is_on_a_page():
     names = set(setting_names(RunConfig))
     assert len(names) > 150
     assert names <= written, names - written
+
+
+def unknown_keys(table: dict[str, Any], kinds: list[type[BaseModel]]) -> Iterator[str]:
+    """The keys of a TOML table that none of the models it may be read as has."""
+    for key, value in table.items():
+        fields = [kind.model_fields[key].annotation for kind in kinds if key in kind.model_fields]
+        inner = [model for field in fields for model in models_in(field)]
+        if not fields:
+            yield key
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict) and inner:
+                yield from unknown_keys(part, inner)
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in models_in(part)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_settings_of_examples_exist(page):
+    for block in re.findall(r"```toml\n(.*?)```", page.read_text(), re.S):
+        kind = ScheduleFile if "# schedules.toml" in block else RunConfig
+        assert list(unknown_keys(tomllib.loads(block), [kind])) == [], block
+
+
+def test_modules_that_are_run_exist():
+    used = {name for page in PAGES for name in re.findall(r"python -m ([a-z][\w.]*\w)", page.read_text())}
+    ours = {name for name in used if (REPOSITORY / name.partition(".")[0]).is_dir()}
+    assert len(ours) > 12
+    for name in ours - {"components"}:  # as in components.<step>
+        file = REPOSITORY / name.replace(".", "/")
+        assert file.with_suffix(".py").is_file() or (file / "__main__.py").is_file(), name
+
+
+@pytest.mark.parametrize("step", [*STEP_NAMES, "report"])
+def test_help_of_a_step_is_for_who_runs_it(step, capsys):
+    command = importlib.import_module(f"components.{step}.step")
+    with pytest.raises(SystemExit) as left:
+        command.main(["--help"]) if step == "report" else step_main(command.STEP, ["--help"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0
+    assert not re.search(r"\b(Args|Returns|Raises):", shown), shown
+
+
+def test_report_of_the_newest_run(tmp_path):
+    for seconds, name in enumerate(("newest", "older"), start=1):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        os.utime(tmp_path / "runs" / name, (10**9 - seconds, 10**9 - seconds))
+    for given, expected in (((), "runs/newest/"), (("RUN=mine",), "mine")):
+        make = ["make", "--dry-run", "--file", REPOSITORY / "Makefile", "--old-file", "setup", "report", *given]
+        done = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout.split()[-4:] == ["-m", "pipelines", "report", expected], done
+
+
+def test_every_status_is_on_its_pages():
+    for name in get_args(get_type_hints(RunRecord.status.fget)["return"]):
+        assert f'"{name}"' in (REPOSITORY / "docs" / "report.md").read_text()
+        assert f"`{name}`" in (REPOSITORY / "docs" / "formats.md").read_text()
 
 
 def test_task_and_reward_of_the_page_work(tmp_path, monkeypatch):
