@@ -24,7 +24,10 @@ from tuneloop.settings import RewardSettings, TaskSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRACKED = subprocess.run(["git", "ls-files", "*.md"], cwd=REPOSITORY, capture_output=True, text=True).stdout.split()
-PAGES = [REPOSITORY / name for name in TRACKED] or sorted((REPOSITORY / "docs").glob("*.md"))
+FOLDERS = ("", "docs/", "components/*/", "images/", "benchmarks/", "examples/", "manifests/", "manifests/components/*/")
+PAGES = [REPOSITORY / name for name in TRACKED] or sorted(  # a copy of the tree is no repository
+    page for folder in FOLDERS for page in REPOSITORY.glob(f"{folder}*.md")
+)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"python -m pipelines (?P<command>[a-z]+)(?P<rest>[^\n`|]*)")
 
