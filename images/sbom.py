@@ -48,7 +48,8 @@ def debian_components(status: str) -> list[dict]:
 def bill_of_materials(name: str) -> dict:
     """Everything in this environment, under the image's name."""
     python = {"type": "framework", "name": "python", "version": platform.python_version()}
-    packages = sorted((python_component(found) for found in distributions()), key=lambda found: found["name"].lower())
+    found = {one["purl"]: one for one in map(python_component, distributions())}  # one may be on two paths
+    packages = sorted(found.values(), key=lambda one: one["name"].lower())
     debian = debian_components(DPKG_STATUS.read_text()) if DPKG_STATUS.exists() else []
     return {
         "bomFormat": "CycloneDX",

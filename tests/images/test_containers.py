@@ -77,6 +77,7 @@ def test_the_bill_of_materials_names_what_is_installed(built_images):  # noqa: F
         bill = json.loads(run_restricted(image_name(name), "cat", SBOM))
         assert bill == json.loads((REPOSITORY / "build" / "images" / f"{name}.cdx.json").read_text())
         listed = {found["name"]: found["version"] for found in bill["components"]}
+        assert len(listed) == len(bill["components"])
         command = "from importlib.metadata import *; print({found.name: found.version for found in distributions()})"
         installed = ast.literal_eval(run_restricted(image_name(name), "python", "-c", command))
         assert installed.items() <= listed.items()
@@ -91,7 +92,7 @@ def test_every_version_is_a_locked_one(built_images, name):  # noqa: F811
     bill = json.loads(run_restricted(image_name(name), "cat", SBOM))
     python = {canonicalize_name(found["name"]): Version(found["version"]).public
               for found in bill["components"] if found.get("purl", "").startswith("pkg:pypi/")}  # fmt: skip
-    assert len(python) > 100
+    assert len(python) > 90
     assert {found: version for found, version in python.items() if str(locked.get(found)) != version} == {}
 
 
