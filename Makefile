@@ -45,7 +45,7 @@ lint: setup ## Check style and formatting
 typecheck: setup ## Check types
 	$(BIN)/pyright
 
-ci: lint typecheck test ## Exactly what CI runs
+ci: lint typecheck test ## Lint, types and tests, as CI runs them
 
 compile: setup ## Render the pipeline for Kubeflow, Vertex, Argo and GitOps into pipelines/compiled/
 	$(BIN)/python -m pipelines compile

@@ -1,5 +1,6 @@
 """What `doctor` asks Kubernetes."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -57,8 +58,8 @@ class ClusterLook:
     def version(self) -> str:
         """The server's, if it is new enough."""
         found = self._call(lambda: self._version_api.get_code(_request_timeout=TIMEOUT_SECONDS))
-        digits = "".join(letter for letter in str(found.minor) if letter.isdigit())
-        if int(found.major) == 1 and int(digits or 0) < OLDEST_MINOR:
+        version = tuple(_leading_number(part) for part in (found.major, found.minor))
+        if any(version) and version < (1, OLDEST_MINOR):  # a build of somebody's own may not know its numbers
             raise UserError(
                 f"{self._kube.server.name} is version {found.git_version}; 1.{OLDEST_MINOR} or newer is needed"
             )
@@ -201,3 +202,8 @@ class ClusterLook:
             if error.status == 403:
                 raise NotChecked(f"you may not {what}, which a run does not need; ask who may") from None
             raise
+
+
+def _leading_number(text: str) -> int:
+    """Of `34+`, as some vendors write it; 0 when there is none."""
+    return int(re.sub(r"\D.*", "", text) or 0)

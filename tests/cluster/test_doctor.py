@@ -98,6 +98,11 @@ def test_cluster_that_has_everything(doctor, cluster):
         assert part in answer.out, part
 
 
+def test_a_server_that_does_not_know_its_numbers_is_believed(doctor, cluster):
+    cluster.things["/version/"].update(major="", minor="")
+    assert doctor().code == 0
+
+
 def test_nothing_is_left_in_the_store(doctor, cluster, s3_server):  # noqa: F811
     doctor()
     assert s3_server.client().list_objects_v2(Bucket="models").get("KeyCount") == 0
