@@ -5,6 +5,7 @@ goes on, and the next attempt of the step finds it by its name and follows it. W
 the reason, it removes the job.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from tuneloop.storage import is_remote
 WATCH_SECONDS = 20.0  # after which the clocks and the pods are looked at, whatever the watch says
 GONE_SECONDS = 600.0  # for an earlier job to be removed, its pods' grace included
 STOP_SECONDS = 150.0  # for the job to stop with the step: more than the pods' grace
+MADE_SECONDS = 10.0  # for a request to create the job to be carried out, when nobody waited for its answer
 LOG_SECONDS = 10.0  # for the last lines of an ended job
 _GONE_POLL_SECONDS = 1.0
 _SIGTERM = 143  # a shell's exit code of a process ended by it
@@ -52,11 +54,16 @@ class _Launch:
         self._pods = Pods(api, self._name, self._settings.nodes)
         self._state, self._said = "", set[str]()
         self._waits_since: float | None = time.monotonic()
+        self._creating = False
 
     def run(self) -> None:
         """Create or adopt the job, follow it, and remove it."""
         try:
-            self._claim()
+            try:
+                self._claim()
+            except TryAgain:
+                self._await_made()
+                raise
             with self._pods:
                 try:
                     self._follow()
@@ -76,7 +83,9 @@ class _Launch:
         """
         deadline = time.monotonic() + GONE_SECONDS
         while True:
+            self._creating = True
             job, made = self._api.ensure(self._wanted)
+            self._creating = False
             if not _request(job):
                 raise UserError(
                     f"TrainJob {self._name} was not made by tuneloop; remove it, or choose another --output"
@@ -91,6 +100,13 @@ class _Launch:
                 self._say(f"TrainJob {self._name} of an earlier attempt is removed")
                 self._api.delete(job)
             self._await_gone(job, deadline)
+
+    def _await_made(self) -> None:
+        """Wait for a job whose creation was asked for and not answered, so that it can be removed."""
+        deadline = time.monotonic() + MADE_SECONDS
+        with contextlib.suppress(TuneloopError):  # `_remove` says so
+            while self._creating and time.monotonic() < deadline and not self._api.find(self._name, briefly=True):
+                time.sleep(_GONE_POLL_SECONDS)
 
     def _await_gone(self, job: Object, deadline: float, *, briefly: bool = False) -> None:
         """Wait until there is no such job.
