@@ -24,6 +24,7 @@ _FIRST_WAIT_SECONDS = 0.5
 _BRIEF_SECONDS = 5.0
 _TRIES_OF_500 = 3  # a server's bug stays; a database that was restarted comes back
 _BUSY = (429, 502, 503, 504)
+_NOT_OF_RIGHTS = ("admission webhook", "exceeded quota", "violates PodSecurity")  # 403 of Kubernetes, too
 _LOGIN_PAGES = (301, 302, 303, 307, 308)
 
 
@@ -159,7 +160,7 @@ class ApiServer:
         message = _message(error)
         if status == 401 or status in _LOGIN_PAGES:
             return Refused(f"{self.name}: does not know you ({status}: {message}); {self.login}", 401)
-        if status == 403:
+        if status == 403 and not any(text in message for text in _NOT_OF_RIGHTS):
             return Refused(f"{self.name}: you may not do this ({message}); ask for the role that may", 403)
         if status == 429:
             return _Trouble(f"is too busy ({status})", _retry_after(error), maybe_done=False)

@@ -22,6 +22,7 @@ class Fault:
         times: how many more requests.
         headers: of the answer.
         done: the request is carried out before the answer is lost.
+        seconds: after which it is carried out and answered as usual, whether or not the client still waits.
     """
 
     method: str = ""
@@ -30,6 +31,7 @@ class Fault:
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
     done: bool = False
+    seconds: float = 0.0
 
     def matches(self, request: Request) -> bool:
         return self.times > 0 and self.method in ("", request.method) and self.path in request.path
@@ -97,11 +99,14 @@ class FaultyServer:
             if fault.done:
                 with self._one_at_a_time:
                     self.answer(request)
-            if not fault.status:
+            if fault.seconds:
+                time.sleep(fault.seconds)
+            elif not fault.status:
                 return _break(environ)
-            response = self.error(fault.status, "on purpose")
-            response.headers.update(fault.headers)
-            return response(environ, start_response)
+            else:
+                response = self.error(fault.status, "on purpose")
+                response.headers.update(fault.headers)
+                return response(environ, start_response)
         with self._one_at_a_time:
             response = self.answer(request)
         return response(environ, start_response)

@@ -181,7 +181,7 @@ def test_each_account_may_do_what_its_pods_do_and_no_more(everything: list[Manif
     }
     assert rights["tuneloop-step"] == step
     assert rights["tuneloop-launcher"] == step | {
-        *(("trainer.kubeflow.org", "trainjobs", verb) for verb in watching | {"create", "delete"}),
+        *(("trainer.kubeflow.org", "trainjobs", verb) for verb in ("get", "watch", "create", "delete")),
         ("", "pods/log", "get"),
     }
     assert rights["tuneloop-trainer"] == rights["tuneloop-server"] == set()

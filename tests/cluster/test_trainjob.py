@@ -29,7 +29,7 @@ def test_a_job_is_created_queued_followed_and_removed(cluster: Cluster, capfd: p
     name = job_name(tiny_config(*SETTINGS), OUTPUT)
     said = [line for line in output if line.startswith("lora_rl: ")]
     assert said[0] == f"lora_rl: TrainJob {name} created"
-    assert f"lora_rl: TrainJob {name} waits in queue 'tuneloop'" in said
+    assert f"lora_rl: TrainJob {name} waits in queue 'tuneloop' (Suspended: waiting for quota)" in said
     assert said[-1] == f"lora_rl: TrainJob {name} is complete"
     nodes = sorted(line for line in output if line.startswith("node "))
     assert nodes == ["node 0 | line 0", "node 0 | lora_rl 1/2 reward 0.5", "node 1 | line 1"]

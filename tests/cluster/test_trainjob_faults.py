@@ -1,5 +1,7 @@
 """The step that trains by a TrainJob: an API server that is throttling, broken, away or forgetful."""
 
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,19 @@ def test_a_lost_answer_a_conflict_and_throttling_make_one_job(cluster: Cluster):
     ]
     assert cluster.launch(cluster.whole) == 0
     assert len(cluster.server.posted) == 1
+
+
+def test_a_job_that_comes_to_be_after_the_step_was_stopped_is_removed(cluster: Cluster):
+    """SIGTERM while the request to create it is on its way."""
+    cluster.server.faults = [Fault("POST", "trainjobs", seconds=1.0)]
+
+    def story() -> None:
+        cluster.server.wait_for(lambda: "POST" in {method for method, _ in cluster.server.requests})
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    assert cluster.launch(story) == 75
+    cluster.server.wait_for(lambda: cluster.server.posted)
+    assert cluster.left == []
 
 
 def test_another_attempt_is_quicker_to_create_it(cluster: Cluster):

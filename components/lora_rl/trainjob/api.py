@@ -54,9 +54,13 @@ class TrainJobApi:
         self.core: Any = kubernetes.client.CoreV1Api(client)  # generated, with return types that are no help
         self._custom: Any = kubernetes.client.CustomObjectsApi(client)
 
-    def find(self, name: str) -> Object | None:
-        """The job of this name; None if there is none."""
-        return self.server.call(lambda: self._find(name))
+    def find(self, name: str, *, briefly: bool = False) -> Object | None:
+        """The job of this name; None if there is none.
+
+        Args:
+            briefly: give up soon when the server is away.
+        """
+        return (self.server.briefly if briefly else self.server.call)(lambda: self._find(name))
 
     def _find(self, name: str) -> Object | None:
         return self.server.absent_as_none(

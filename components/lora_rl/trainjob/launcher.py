@@ -5,6 +5,7 @@ goes on, and the next attempt of the step finds it by its name and follows it. W
 the reason, it removes the job.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from tuneloop.storage import is_remote
 WATCH_SECONDS = 20.0  # after which the clocks and the pods are looked at, whatever the watch says
 GONE_SECONDS = 600.0  # for an earlier job to be removed, its pods' grace included
 STOP_SECONDS = 150.0  # for the job to stop with the step: more than the pods' grace
+MADE_SECONDS = 10.0  # for a request to create the job to be carried out, when nobody waited for its answer
 LOG_SECONDS = 10.0  # for the last lines of an ended job
 _GONE_POLL_SECONDS = 1.0
 _SIGTERM = 143  # a shell's exit code of a process ended by it
@@ -50,13 +52,18 @@ class _Launch:
         self._name, self._queue = wanted["metadata"]["name"], config.cluster.queue
         self._job: Object = wanted
         self._pods = Pods(api, self._name, self._settings.nodes)
-        self._said = ""
+        self._state, self._said = "", set[str]()
         self._waits_since: float | None = time.monotonic()
+        self._creating = False
 
     def run(self) -> None:
         """Create or adopt the job, follow it, and remove it."""
         try:
-            self._claim()
+            try:
+                self._claim()
+            except TryAgain:
+                self._await_made()
+                raise
             with self._pods:
                 try:
                     self._follow()
@@ -69,10 +76,20 @@ class _Launch:
             self._remove()
 
     def _claim(self) -> None:
-        """Make `_job` the one that is wanted; an ended one, or another one of this name, is removed first."""
+        """Make `_job` the one that is wanted; an ended one, or one that makes something else, is removed first.
+
+        Raises:
+            UserError: the job of this name is not ours.
+        """
         deadline = time.monotonic() + GONE_SECONDS
         while True:
+            self._creating = True
             job, made = self._api.ensure(self._wanted)
+            self._creating = False
+            if not _request(job):
+                raise UserError(
+                    f"TrainJob {self._name} was not made by tuneloop; remove it, or choose another --output"
+                )
             if _request(job) == _request(self._wanted):
                 going = "deletionTimestamp" not in job["metadata"] and (made or not _ended(job))
                 if going:
@@ -84,13 +101,22 @@ class _Launch:
                 self._api.delete(job)
             self._await_gone(job, deadline)
 
-    def _await_gone(self, job: Object, deadline: float) -> None:
+    def _await_made(self) -> None:
+        """Wait for a job whose creation was asked for and not answered, so that it can be removed."""
+        deadline = time.monotonic() + MADE_SECONDS
+        with contextlib.suppress(TuneloopError):  # `_remove` says so
+            while self._creating and time.monotonic() < deadline and not self._api.find(self._name, briefly=True):
+                time.sleep(_GONE_POLL_SECONDS)
+
+    def _await_gone(self, job: Object, deadline: float, *, briefly: bool = False) -> None:
         """Wait until there is no such job.
 
         Raises:
             TryAgain: it stays.
         """
-        while (found := self._api.find(self._name)) and found["metadata"]["uid"] == job["metadata"]["uid"]:
+        while (found := self._api.find(self._name, briefly=briefly)) and found["metadata"]["uid"] == job["metadata"][
+            "uid"
+        ]:
             if time.monotonic() > deadline:
                 raise TryAgain(f"TrainJob {self._name} of an earlier attempt is still being removed; look at its pods")
             time.sleep(_GONE_POLL_SECONDS)
@@ -126,16 +152,21 @@ class _Launch:
     def _look_at_the_clock(self, job: Object) -> None:
         is_queued = bool(job["spec"].get("suspend"))
         if self._pods.running and not is_queued:
+            self._enter("running")
             self._say(f"TrainJob {self._name} runs on {self._settings.nodes} nodes")
             self._waits_since = None
             return
         self._waits_since = self._waits_since or time.monotonic()
         where = f"in queue {self._queue!r}" if is_queued else "for its pods to start"
-        reason = (_message(job, "Suspended") if is_queued else self._pods.waiting) or "no reason given"
-        self._say(f"TrainJob {self._name} waits {where}")
+        reason = _message(job, "Suspended") if is_queued else self._pods.waiting
+        self._enter(where)
+        text = f"TrainJob {self._name} waits {where}"
+        # Kubernetes words one reason in ever new ways: it is said once
+        self._say(f"{text} ({reason})" if reason else text, reason.partition(":")[0] or text)
         limit = self._settings.queue_timeout_seconds
         if time.monotonic() - self._waits_since > limit:
-            raise TryAgain(f"TrainJob {self._name} has waited {where} for {limit} s ({reason}); give it again later, "
+            raise TryAgain(f"TrainJob {self._name} has waited {where} for {limit} s ({reason or 'no reason given'}); "
+                           "give it again later, "
                            "ask for less, or raise lora_rl.distributed.trainjob.queue_timeout_seconds")  # fmt: skip
 
     def _patience(self) -> float:
@@ -147,39 +178,45 @@ class _Launch:
 
     def _why_failed(self, message: str) -> TuneloopError:
         """What a failed job means, by how its nodes ended: the user's mistake, a bug, or bad luck."""
-        endings = self._pods.last_endings()
-        for is_it in (_is_mistake, _is_bug):
-            for ending in filter(is_it, endings):
+        again = "the same command continues from its last checkpoint"
+        for is_it in (_is_mistake, _is_lost, _is_bug):  # nodes that have lost another one end as by a bug
+            for ending in filter(is_it, self._pods.last_endings()):
                 said = ending.message or ending.reason or "its log says why"
+                node = f"node {ending.node} of TrainJob {self._name}"
                 if is_it is _is_mistake:
                     return UserError(said)
-                return NodeFailed(f"node {ending.node} of TrainJob {self._name} ended with exit code "
-                                  f"{ending.exit_code}: {said}")  # fmt: skip
-        return TryAgain(
-            f"TrainJob {self._name} failed ({message}); the same command continues from its last checkpoint"
-        )
+                if is_it is _is_lost:
+                    return TryAgain(f"{node} was lost ({ending.reason}: {said}); {again}")
+                return NodeFailed(f"{node} ended with exit code {ending.exit_code}: {said}")
+        return TryAgain(f"TrainJob {self._name} failed ({message}); {again}")
 
     def _stop(self) -> None:
         """Have the nodes save what they have, and show what they say of it; a second request to stop ends the wait."""
         self._say(f"TrainJob {self._name} is stopped")
         try:
             self._api.delete(self._job, briefly=True)
-            self._await_gone(self._job, time.monotonic() + STOP_SECONDS)
+            self._await_gone(self._job, time.monotonic() + STOP_SECONDS, briefly=True)
         except TuneloopError as error:
             print(f"warning: TrainJob {self._name} may go on: {error}", file=sys.stderr, flush=True)
 
     def _remove(self) -> None:
         try:
-            job = self._job if "uid" in self._job["metadata"] else self._api.find(self._name)
+            job = self._job if "uid" in self._job["metadata"] else self._api.find(self._name, briefly=True)
             if job and _request(job) == _request(self._wanted):  # else it has not come to be
                 self._api.delete(job, briefly=True)
         except TuneloopError as error:
             print(f"warning: TrainJob {self._name} is left over: {error}", file=sys.stderr, flush=True)
 
-    def _say(self, text: str) -> None:
-        if text != self._said:
+    def _enter(self, state: str) -> None:
+        if state != self._state:
+            self._said.clear()
+        self._state = state
+
+    def _say(self, text: str, topic: str = "") -> None:
+        """Print a line, once in this state for each topic."""
+        if (topic or text) not in self._said:
             print(f"lora_rl: {text}", flush=True)
-        self._said = text
+        self._said.add(topic or text)
 
 
 def _request(job: Object) -> str:
@@ -206,6 +243,10 @@ def _message(job: Object, kind: str) -> str:
 
 def _is_mistake(ending: Ending) -> bool:
     return ending.exit_code == EXIT_USER_ERROR
+
+
+def _is_lost(ending: Ending) -> bool:
+    return ending.lost
 
 
 def _is_bug(ending: Ending) -> bool:

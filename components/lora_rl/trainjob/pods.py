@@ -10,7 +10,7 @@ from typing import Any
 from components.lora_rl.trainjob.api import TrainJobApi
 from components.lora_rl.trainjob.manifest import NODE
 from components.pod_log import PodLog
-from tuneloop.errors import TuneloopError
+from tuneloop.errors import EXIT_TRY_AGAIN, EXIT_USER_ERROR, TuneloopError
 
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"  # of a pod: which node it is
 POLL_SECONDS = 3.0
@@ -28,6 +28,7 @@ class Ending:
         reason: Kubernetes', such as OOMKilled.
         message: its last words, in one line.
         at: when.
+        lost: the cluster took the pod away: its node is gone, drained or out of room.
     """
 
     node: str
@@ -35,6 +36,7 @@ class Ending:
     reason: str
     message: str
     at: datetime
+    lost: bool = False
 
 
 class Pods:
@@ -43,19 +45,21 @@ class Pods:
     Attributes:
         running: whether the containers of as many pods as there are nodes run.
         waiting: why a pod does not start, in a few words.
-        endings: how containers ended, the newest last.
+        endings: how containers ended, by their pod's uid.
     """
 
     def __init__(self, api: TrainJobApi, name: str, nodes: int):
         self._api, self._name, self._nodes = api, name, nodes
         self.running, self.waiting = False, ""
-        self.endings: dict[str, Ending] = {}  # by the pod's uid
+        self.endings: dict[str, Ending] = {}
         self._logs: dict[str, threading.Thread] = {}
         self._leaving, self._closed = threading.Event(), False
-        self._printing = threading.Lock()
+        self._printing, self._noting = threading.Lock(), threading.Lock()
+        self._warned = set[str]()
         self._thread = threading.Thread(target=self._run, name="pods", daemon=True)
 
     def __enter__(self) -> "Pods":
+        self.look()  # what is not allowed is said here, and not when a running job seems never to start
         self._thread.start()
         return self
 
@@ -84,14 +88,19 @@ class Pods:
         """See what the pods do now.
 
         Raises:
+            Refused: pods may not be seen.
             TryAgain: the server is away.
         """
         found = self._api.pods(self._name)
+        with self._noting:  # a pod is followed once, whichever thread sees it first
+            self._note(found)
+
+    def _note(self, found: list[Any]) -> None:
         containers = {pod.metadata.uid: _container(pod) for pod in found}
         for pod in found:
             state = containers[pod.metadata.uid]
-            if state and state.terminated:
-                self.endings.setdefault(pod.metadata.uid, _ending(_node(pod), state.terminated))
+            if ending := _ending(pod, state):
+                self.endings[pod.metadata.uid] = ending
             if pod.metadata.uid not in self._logs and state and (state.running or state.terminated):
                 thread = threading.Thread(target=self._follow, args=(pod,), name=pod.metadata.name, daemon=True)
                 self._logs[pod.metadata.uid] = thread
@@ -133,7 +142,11 @@ class Pods:
         try:
             return action()
         except TuneloopError as error:
-            print(f"warning: the pods of {self._name} cannot be seen: {error}", file=sys.stderr, flush=True)
+            text = f"warning: the pods of {self._name} cannot be seen: {error}"
+            with self._printing:
+                if text not in self._warned:  # a node that is lost answers like this until its pods are taken away
+                    print(text, file=sys.stderr, flush=True)
+                self._warned.add(text)
             return None
 
 
@@ -147,16 +160,32 @@ def _container(pod: Any) -> Any:
     return next((status.state for status in statuses if status.name == NODE), None)
 
 
-def _ending(node: str, terminated: Any) -> Ending:
-    message = " ".join((terminated.message or "").split())
-    return Ending(node, terminated.exit_code, terminated.reason or "", message, terminated.finished_at or _UNKNOWN)
+def _ending(pod: Any, state: Any) -> Ending | None:
+    """How the pod's container ended; None when it has not.
+
+    A pod that the cluster takes away may never say how its container ended, and what it says (137) is no bug:
+    https://kubernetes.io/docs/concepts/workloads/pods/disruptions/#pod-disruption-conditions.
+    """
+    ended = state.terminated if state else None
+    taken = next((found for found in pod.status.conditions or [] if found.type == "DisruptionTarget"), None)
+    if taken and taken.status == "True" and not (ended and ended.exit_code == EXIT_USER_ERROR):
+        at = taken.last_transition_time or _UNKNOWN
+        return Ending(_node(pod), EXIT_TRY_AGAIN, taken.reason or "", _in_one_line(taken.message), at, lost=True)
+    if not ended:
+        return None
+    at = ended.finished_at or _UNKNOWN
+    return Ending(_node(pod), ended.exit_code, ended.reason or "", _in_one_line(ended.message), at)
 
 
 def _why_waiting(pod: Any) -> str:
     state = _container(pod)
     if state and state.waiting and state.waiting.reason not in (None, "ContainerCreating", "PodInitializing"):
-        return f"{state.waiting.reason}: {state.waiting.message or pod.metadata.name}"
+        return f"{state.waiting.reason}: {_in_one_line(state.waiting.message) or pod.metadata.name}"
     for condition in pod.status.conditions or []:
         if condition.type == "PodScheduled" and condition.status == "False":
-            return f"{condition.reason}: {condition.message}"
+            return f"{condition.reason}: {_in_one_line(condition.message)}"
     return ""
+
+
+def _in_one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
