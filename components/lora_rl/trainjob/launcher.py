@@ -114,9 +114,8 @@ class _Launch:
         Raises:
             TryAgain: it stays.
         """
-        while (found := self._api.find(self._name, briefly=briefly)) and found["metadata"]["uid"] == job["metadata"][
-            "uid"
-        ]:
+        uid = job["metadata"]["uid"]
+        while (found := self._api.find(self._name, briefly=briefly)) and found["metadata"]["uid"] == uid:
             if time.monotonic() > deadline:
                 raise TryAgain(f"TrainJob {self._name} of an earlier attempt is still being removed; look at its pods")
             time.sleep(_GONE_POLL_SECONDS)
