@@ -134,8 +134,19 @@ def test_report_of_the_newest_run(tmp_path):
         (tmp_path / "runs" / name).mkdir(parents=True)
         os.utime(tmp_path / "runs" / name, (10**9 - seconds, 10**9 - seconds))
     for given, expected in (((), "runs/newest/"), (("RUN=mine",), "mine")):
-        make = ["make", "--dry-run", "--file", REPOSITORY / "Makefile", "--old-file", "setup", "report", *given]
-        done = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True)
+        make = [
+            "make",
+            "--dry-run",
+            "--no-print-directory",
+            "--file",
+            REPOSITORY / "Makefile",
+            "--old-file",
+            "setup",
+            "report",
+            *given,
+        ]
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # make test runs this
+        done = subprocess.run(make, cwd=tmp_path, env=ours, capture_output=True, text=True)
         assert done.stdout.split()[-4:] == ["-m", "pipelines", "report", expected], done
 
 
