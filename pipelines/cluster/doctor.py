@@ -76,8 +76,11 @@ def _of_the_cluster(look: ClusterLook, config: RunConfig, target: str) -> Iterat
     gpus = max(nodes, *(place(config, step, "").gpus for step in STEP_NAMES))
     if gpus:
         yield f"{gpus} x {config.cluster.gpu_resource} on one node", lambda: look.gpus(gpus)
+    yield "quotas of the namespace", look.quotas
     if config.cluster.queue:
         yield f"queue {config.cluster.queue}", look.queue
+        if look.cluster_queue:
+            yield f"cluster queue {look.cluster_queue}", look.queue_quota
         if config.cluster.queue_priority:
             yield f"priority {config.cluster.queue_priority}", look.priority
 

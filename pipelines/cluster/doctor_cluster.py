@@ -9,6 +9,7 @@ from components.api_calls import TIMEOUT_SECONDS, Refused
 from components.config import RunConfig
 from pipelines.cluster.connection import ConnectionSettings, KubeConnection
 from pipelines.cluster.doctor_nodes import look_at_nodes
+from pipelines.cluster.doctor_quota import demands, look_at_cluster_queue, look_at_quotas
 from pipelines.cluster.not_checked import NotChecked
 from tuneloop.errors import UserError
 
@@ -40,6 +41,9 @@ class Right:
 class ClusterLook:
     """The cluster of a config.
 
+    Attributes:
+        cluster_queue: what the local queue takes from; empty before `queue` has found it.
+
     Raises:
         UserError: no cluster is named, or it does not know the user.
         TryAgain: it is away.
@@ -50,6 +54,8 @@ class ClusterLook:
 
         self._cluster, self._kube = config.cluster, KubeConnection(settings)
         self._launches = config.lora_rl.distributed
+        self._demands = demands(config)
+        self.cluster_queue = ""
         client = self._kube.core.api_client
         self._version_api: Any = kubernetes.client.VersionApi(client)
         self._apis: Any = kubernetes.client.ApisApi(client)
@@ -148,6 +154,14 @@ class ClusterLook:
         tolerations = cluster.tolerations + cluster.gpu_tolerations
         return look_at_nodes(nodes, wanted, cluster.gpu_resource, selector, tolerations)
 
+    def quotas(self) -> str:
+        """Whether the namespace's quotas leave room for the run."""
+        name, core = self._cluster.namespace, self._kube.core
+        found = self._allowed(
+            "list resource quotas", lambda: core.list_namespaced_resource_quota(name, _request_timeout=TIMEOUT_SECONDS)
+        )
+        return look_at_quotas(found.items, self._demands)
+
     def runtime(self) -> str:
         """Whether what TrainJobs are made from is there."""
         name, (group, _, version) = self._launches.trainjob.runtime, TRAINER.partition("/")
@@ -184,7 +198,20 @@ class ClusterLook:
         for condition in (found.get("status") or {}).get("conditions") or []:
             if condition["type"] == "Active" and condition["status"] != "True":
                 raise UserError(f"takes no work: {condition.get('message', condition.get('reason', ''))}")
-        return f"of the cluster queue {found['spec'].get('clusterQueue', '')}"
+        self.cluster_queue = found["spec"].get("clusterQueue", "")
+        return f"of the cluster queue {self.cluster_queue}"
+
+    def queue_quota(self) -> str:
+        """Whether the cluster queue could ever admit the run."""
+        name, (group, _, version) = self.cluster_queue, KUEUE.partition("/")
+        found = self._read(
+            f"cluster queue {name}",
+            lambda: self._kube.custom.get_cluster_custom_object(
+                group, version, "clusterqueues", name, _request_timeout=TIMEOUT_SECONDS
+            ),
+            "apply manifests/components/kueue, or correct the local queue's clusterQueue",
+        )
+        return look_at_cluster_queue(name, found["spec"], self._demands)
 
     def _call(self, action: Callable[[], T]) -> T:
         return self._kube.server.call(action)

@@ -25,6 +25,7 @@ _VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete
 _BESIDE = {
     ("", "namespaces", "get"), ("", "nodes", "list"), ("", "secrets", "get"), ("", "serviceaccounts", "get"),
     ("trainer.kubeflow.org", "clustertrainingruntimes", "get"), ("kueue.x-k8s.io", "workloadpriorityclasses", "get"),
+    ("kueue.x-k8s.io", "clusterqueues", "get"),
     ("authorization.k8s.io", "selfsubjectaccessreviews", "create"),
 }  # fmt: skip
 

@@ -221,3 +221,20 @@ def test_doctor_asks_as_the_submitter(command: Command, submitter: ApiServer, s3
     ok = "\n".join(text for state, text in shown if state == "ok")
     for part in ("https://127.0.0.1", "argoproj.io/v1alpha1: served", "create workflows.argoproj.io: granted"):
         assert part in ok
+
+
+def test_doctor_compares_with_the_quotas_that_the_server_has(
+    command: Command, api_server: ApiServer, s3_server, monkeypatch: pytest.MonkeyPatch
+):
+    api_server.kubectl(overlay("prod"), "apply")
+    monkeypatch.setenv("KUBECONFIG", str(api_server.kubeconfig("admin")))
+    settings = ("cluster.queue=tuneloop", 'lora_rl.distributed.launcher="trainjob"')
+    arguments = ("--config", str(command.toml), *ON_A_CLUSTER, "--output", RUNS, *ARGO)
+    for nodes, state, text in ((2, "ok", "16 nvidia.com/gpu at once"), (3, "FAILED", "24 of 16 nvidia.com/gpu")):
+        given = (*settings, f"lora_rl.distributed.trainjob.nodes={nodes}")
+        answer = command("doctor", *arguments, *(part for setting in given for part in ("--set", setting)))
+        [of_the_queue] = [line for line in answer.out.splitlines() if " cluster queue tuneloop: " in line]
+        [of_the_namespace] = [line for line in answer.out.splitlines() if " quotas of the namespace: " in line]
+        assert of_the_queue.startswith(state)
+        assert of_the_namespace.startswith(state)
+        assert text in of_the_queue

@@ -1,7 +1,9 @@
 """`doctor` before the first run: every line that can fail, and what it says to do."""
 
+import copy
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from werkzeug.serving import make_server
@@ -12,9 +14,13 @@ from pipelines.cluster.not_checked import NotChecked
 from tests.cluster.command import ON_A_CLUSTER, RUNS, Answer, Command
 from tests.cluster.faulty_server import Fault
 from tests.cluster.kube_api import KubeApi
+from tests.cluster.rendering import named, overlay
 from tests.s3_server import s3_server  # noqa: F401 - a fixture
 from tuneloop.errors import UserError
 
+QUOTAS = "/api/v1/namespaces/tuneloop/resourcequotas"
+CLUSTER_QUEUE = "/apis/kueue.x-k8s.io/v1beta2/clusterqueues/tuneloop"
+SEVERAL_NODES = ('lora_rl.distributed.launcher="trainjob"', "cluster.steps.lora_rl.gpus=0")
 GROUPS = {"argoproj.io": "v1alpha1", "kueue.x-k8s.io": "v1beta2", "trainer.kubeflow.org": "v1alpha1"}
 
 
@@ -51,6 +57,11 @@ def registry() -> Iterator[Registry]:
     found.close()
 
 
+def manifest(kind: str) -> dict[str, Any]:
+    """The object of a kind that the manifests have for production."""
+    return copy.deepcopy(named(overlay("prod"), kind)["tuneloop"])
+
+
 @pytest.fixture
 def cluster(kube_api: KubeApi, s3_server) -> KubeApi:  # noqa: F811
     """A cluster that has everything."""
@@ -68,6 +79,8 @@ def cluster(kube_api: KubeApi, s3_server) -> KubeApi:  # noqa: F811
         "/api/v1/namespaces/tuneloop/secrets/store": {"metadata": {"name": "store"}, "data": {"KEY_ID": "eA=="}},
         "/apis/kueue.x-k8s.io/v1beta2/workloadpriorityclasses/soon": {"metadata": {"name": "soon"}, "value": 1},
         "/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/tuneloop": {"metadata": {"name": "tuneloop"}},
+        QUOTAS: {"kind": "ResourceQuotaList", "apiVersion": "v1", "metadata": {}, "items": [manifest("ResourceQuota")]},
+        CLUSTER_QUEUE: manifest("ClusterQueue"),
         "/api/v1/nodes": {"kind": "NodeList", "apiVersion": "v1", "metadata": {}, "items": [node]},
     }  # fmt: skip
     queue = {"metadata": {"name": "gpus"}, "spec": {"clusterQueue": "tuneloop"},
@@ -186,20 +199,84 @@ def test_priority_that_kueue_does_not_know(doctor, cluster):
 
 
 def test_run_on_several_nodes_needs_a_runtime_and_its_nodes_gpus(doctor, cluster):
-    several = ('lora_rl.distributed.launcher="trainjob"', "cluster.steps.lora_rl.gpus=0")
-    assert "training runtime tuneloop: is there" in doctor(*several).out
-    answer = doctor(*several, "lora_rl.distributed.trainjob.gpus=16")
+    assert "training runtime tuneloop: is there" in doctor(*SEVERAL_NODES).out
+    answer = doctor(*SEVERAL_NODES, "lora_rl.distributed.trainjob.gpus=16")
     assert "16 x nvidia.com/gpu on one node: the largest of 1 nodes has 8" in answer.out
     del cluster.things["/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/tuneloop"]
-    assert "training runtime tuneloop: is not there: apply manifests/components/trainer" in doctor(*several).out
+    assert "training runtime tuneloop: is not there: apply manifests/components/trainer" in doctor(*SEVERAL_NODES).out
+
+
+def test_what_a_run_asks_for_is_compared_with_the_quotas(doctor, cluster):
+    answer = doctor(*SEVERAL_NODES)  # two nodes with eight GPUs each, as the defaults have it
+    assert answer.code == 0, answer.out
+    assert "16 nvidia.com/gpu at once at the most, within cluster queue tuneloop" in answer.out
+    answer = doctor(*SEVERAL_NODES, "lora_rl.distributed.trainjob.nodes=4")
+    failed = [line for line in answer.out.splitlines() if line.startswith("FAILED")]
+    assert len(failed) == 2
+    assert "lora_rl on 4 nodes asks for 32 of 18 nvidia.com/gpu in resource quota tuneloop: ask for less" in failed[0]
+    assert (
+        "lora_rl on 4 nodes asks for 32 of 16 nvidia.com/gpu in cluster queue tuneloop, which would never" in failed[1]
+    )
+    answer = doctor("cluster.steps.evaluate.memory=2Ti", "cluster.steps.data_prep.cpu=96500m")
+    assert "data_prep asks for 96.5 of 96 cpu in resource quota tuneloop" in answer.out
+    assert doctor("cluster.queue=", "cluster.steps.lora_rl.gpus=0", "cluster.steps.evaluate.memory=2Ti").code == 2
+
+
+def test_quota_of_some_pods_alone_is_passed_over(doctor, cluster):
+    spec = cluster.things[QUOTAS]["items"][0]["spec"]
+    spec["hard"] = {"requests.nvidia.com/gpu": "1"}
+    assert "lora_rl asks for 8 of 1 nvidia.com/gpu" in doctor().out
+    spec["scopes"] = ["BestEffort"]
+    assert doctor().code == 0
+
+
+def queue_states(answer: Answer) -> list[str]:
+    return [line for line in answer.out.splitlines() if " cluster queue tuneloop: " in line]
+
+
+def test_what_a_cohort_may_lend_is_no_failure(doctor, cluster):
+    spec = cluster.things[CLUSTER_QUEUE]["spec"]
+    gpus = spec["resourceGroups"][0]["flavors"][0]["resources"][-1]
+    gpus["nominalQuota"] = 4  # as servers may also write a quantity
+    [line] = queue_states(doctor())
+    assert line.startswith("FAILED")
+    spec["cohortName"] = "all"
+    [line] = queue_states(doctor())
+    assert line.startswith("unknown")
+    assert "lora_rl asks for 8 of 4 nvidia.com/gpu in cluster queue tuneloop: it waits until cohort all lends" in line
+    gpus["borrowingLimit"] = "3"
+    [line] = queue_states(doctor())
+    assert line.startswith("FAILED")
+
+
+def test_a_run_that_fits_into_one_of_two_flavors(doctor, cluster):
+    [group] = cluster.things[CLUSTER_QUEUE]["spec"]["resourceGroups"]
+    small = copy.deepcopy(group["flavors"][0])
+    small["resources"][-1]["nominalQuota"] = "4"
+    group["flavors"].insert(0, small)
+    assert doctor().code == 0
+    group["flavors"].pop()
+    assert doctor().code == 2
+
+
+def test_resource_that_the_cluster_queue_does_not_cover(doctor, cluster):
+    [group] = cluster.things[CLUSTER_QUEUE]["spec"]["resourceGroups"]
+    group["coveredResources"] = ["cpu", "nvidia.com/gpu"]
+    group["flavors"][0]["resources"] = [
+        one for one in group["flavors"][0]["resources"] if one["name"] in group["coveredResources"]
+    ]
+    [line] = queue_states(doctor())
+    assert line.startswith("unknown")
+    assert "lora_rl is never admitted: cluster queue tuneloop covers no memory" in line
 
 
 def test_what_one_may_not_look_at_is_no_failure(doctor, cluster):
-    cluster.faults += [Fault(path="/secrets/", status=403), Fault(path="/nodes", status=403)]
+    paths = "/secrets/", "/nodes", "/resourcequotas", "/clusterqueues/"
+    cluster.faults += [Fault(path=path, status=403) for path in paths]
     answer = doctor()
     assert answer.code == 0
     unknown = [line for line in answer.out.splitlines() if line.startswith("unknown")]
-    assert len(unknown) == 2
+    assert len(unknown) == len(paths)
     assert "you may not list nodes, which a run does not need" in answer.out
 
 

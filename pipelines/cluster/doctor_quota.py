@@ -1,0 +1,142 @@
+"""Whether what a run asks for at once is within the quotas of its namespace and its queue, had it them for itself."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from components.config import RunConfig
+from pipelines.cluster.not_checked import NotChecked
+from pipelines.placement import QUEUE_LABEL, place
+from pipelines.steps import STEP_NAMES
+from tuneloop.errors import UserError
+
+_IN_BYTES = ("memory", "ephemeral-storage")
+_FEWER = "ask for less ([cluster.steps], [check] gpus, lora_rl.distributed.trainjob)"
+
+Amounts = Mapping[str, Decimal]  # by resource, in its own unit: CPUs, bytes, GPUs
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What pods that run together ask for."""
+
+    what: str
+    asks: Amounts
+    queued: bool
+
+
+def demands(config: RunConfig) -> list[Demand]:
+    """What the steps of a run ask for, one after the other; of a TrainJob, all nodes together."""
+    placements = {step: place(config, step, "") for step in STEP_NAMES}
+    found = [
+        Demand(step, _amounts(it.cpu, it.memory, it.gpu_resource, it.gpus), QUEUE_LABEL in it.labels)
+        for step, it in placements.items()
+    ]
+    if config.lora_rl.distributed.launcher == "trainjob":
+        node = config.lora_rl.distributed.trainjob
+        one = _amounts(node.cpu, node.memory, config.cluster.gpu_resource, node.gpus)
+        asks = {resource: node.nodes * amount for resource, amount in one.items()}
+        found.append(Demand(f"lora_rl on {node.nodes} nodes", asks, bool(config.cluster.queue)))
+    return found
+
+
+def look_at_quotas(quotas: Sequence[Any], wanted: Sequence[Demand]) -> str:
+    """Compare with all of a namespace's quotas.
+
+    Args:
+        quotas: kubernetes' V1ResourceQuota; one for a kind of pods alone (scopes) is passed over.
+
+    Raises:
+        UserError: one grants less than is asked for.
+    """
+    for quota in quotas:
+        if not (quota.spec.scopes or quota.spec.scope_selector):
+            hard = {name.removeprefix("requests."): _number(value) for name, value in (quota.spec.hard or {}).items()}
+            for demand in wanted:
+                if short := _beyond(demand.asks, hard):
+                    raise UserError(f"{demand.what} asks for {short} in resource quota {quota.metadata.name}: "
+                                    f"{_FEWER}, or have the quota raised (manifests/base/quota.yaml)")  # fmt: skip
+    return f"{_most(wanted)} at once at the most, within {len(quotas)} resource quotas"
+
+
+def look_at_cluster_queue(name: str, spec: Mapping[str, Any], wanted: Sequence[Demand]) -> str:
+    """Compare with what Kueue may admit at once.
+
+    Pods of one kind take all resources of a group from one flavor:
+    https://kueue.sigs.k8s.io/docs/concepts/cluster_queue/#resource-groups.
+
+    Args:
+        name, spec: of the ClusterQueue, v1beta2.
+
+    Raises:
+        UserError: no flavor has what is asked for.
+        NotChecked: it may have to be borrowed, or Kueue's configuration decides.
+    """
+    queued = [demand for demand in wanted if demand.queued]
+    groups = spec.get("resourceGroups") or []
+    covered = {resource for group in groups for resource in group["coveredResources"]}
+    for demand in queued:
+        if missing := sorted(set(demand.asks) - covered):
+            raise NotChecked(f"{demand.what} is never admitted: cluster queue {name} covers no {', '.join(missing)}; "
+                             "unless Kueue is configured not to count that (excludeResourcePrefixes)")  # fmt: skip
+        for group in groups:
+            _look_at_flavors(name, group, demand, spec.get("cohortName"))
+    return f"{_most(queued)} at once at the most, within cluster queue {name}"
+
+
+def _look_at_flavors(name: str, group: Mapping[str, Any], demand: Demand, cohort: str | None) -> None:
+    flavors = group["flavors"]
+    asks = {resource: amount for resource, amount in demand.asks.items() if resource in group["coveredResources"]}
+    short = [_beyond(asks, _nominal(flavor)) for flavor in flavors]
+    if not all(short):
+        return
+    if cohort and not all(_beyond(asks, _with_loans(flavor)) for flavor in flavors):
+        raise NotChecked(f"{demand.what} asks for {short[0]} in cluster queue {name}: it waits until cohort {cohort} "
+                         "lends the rest")  # fmt: skip
+    raise UserError(f"{demand.what} asks for {short[0]} in cluster queue {name}, which would never admit it: {_FEWER}, "
+                    "or have its quota raised (manifests/components/kueue/cluster-queue.yaml)")  # fmt: skip
+
+
+def _amounts(cpu: str, memory: str, gpu_resource: str, gpus: int) -> Amounts:
+    asked = {"cpu": _number(cpu), "memory": _number(memory)}
+    return asked | ({gpu_resource: Decimal(gpus)} if gpus else {})
+
+
+def _nominal(flavor: Mapping[str, Any]) -> Amounts:
+    return {one["name"]: _number(one["nominalQuota"]) for one in flavor["resources"]}
+
+
+def _with_loans(flavor: Mapping[str, Any]) -> Amounts:
+    """What a flavor has with all that it may borrow; without a limit, no end."""
+    return {
+        one["name"]: _number(one["nominalQuota"]) + _number(one.get("borrowingLimit", "Infinity"))
+        for one in flavor["resources"]
+    }
+
+
+def _beyond(asks: Amounts, granted: Amounts) -> str:
+    """`16 of 8 nvidia.com/gpu` for what is not granted; nothing when all is. What is not named is granted."""
+    return ", ".join(
+        f"{_text(resource, amount)} of {_text(resource, granted[resource])} {resource}"
+        for resource, amount in asks.items()
+        if amount > granted.get(resource, amount)
+    )
+
+
+def _most(wanted: Iterable[Demand]) -> str:
+    most: dict[str, Decimal] = {}
+    for demand in wanted:
+        for resource, amount in demand.asks.items():
+            most[resource] = max(amount, most.get(resource, amount))
+    return ", ".join(f"{_text(resource, amount)} {resource}" for resource, amount in most.items()) or "nothing"
+
+
+def _text(resource: str, amount: Decimal) -> str:
+    return f"{amount / 2**30:.6g}Gi" if resource in _IN_BYTES else f"{amount.normalize():f}"
+
+
+def _number(quantity: str | int) -> Decimal:
+    from kubernetes.utils.quantity import parse_quantity
+
+    return Decimal(quantity) if quantity == "Infinity" else parse_quantity(quantity)
