@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from images.build import IMAGES, SOURCE_LABEL, image_name, source_digest
-from images.podman import environment, inspect
+from images.podman import environment, inspect, require_running
+from tuneloop.errors import UserError
 
 
 @pytest.fixture(scope="session")
@@ -49,4 +50,8 @@ def _missing() -> str:
             return f"{image_name(name)} is not built: make test-images"
         if (found.get("Labels") or {}).get(SOURCE_LABEL) != source_digest():
             return f"{image_name(name)} is built from other sources: make test-images"
+    try:
+        require_running(image_name("base"))
+    except UserError as error:
+        return str(error)
     return ""
