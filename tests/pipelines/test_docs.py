@@ -110,6 +110,53 @@ def test_settings_of_examples_exist(page):
         assert list(unknown_keys(tomllib.loads(block), [kind])) == [], block
 
 
+def tables_of_settings() -> Iterator[tuple[str, str, str]]:
+    """(section, its settings, their defaults) of each row of the tables that are headed by a section's name."""
+    for page in PAGES:
+        for table in re.findall(r"^\| `\[[\w.]+\]` \| default \|.*\n(?:\|.*\n)+", page.read_text(), re.M):
+            header, _, *rows = table.splitlines()
+            section = header.split("`")[1].strip("[]")
+            for row in rows:
+                settings, defaults, *_ = row.strip("|").split(" | ")
+                yield section, settings, defaults
+
+
+def defaults_of(section: str, setting: str) -> list[Any]:
+    """What a setting is when it is not given, in each of the models that it may be read as."""
+    kinds: list[type[BaseModel]] = [RunConfig]
+    *parents, name = f"{section}.{setting}".split(".")
+    for parent in parents:
+        kinds = [model for kind in kinds if parent in kind.model_fields
+                 for model in models_in(kind.model_fields[parent].annotation)]  # fmt: skip
+    fields = [kind.model_fields[name] for kind in kinds if name in kind.model_fields]
+    assert fields, f"there is no setting {section}.{setting}"
+    return [field.get_default(call_default_factory=True) for field in fields]
+
+
+def written_values(text: str) -> list[Any]:
+    """The numbers, quoted texts and truth values of a table's cell; None for what is said in words."""
+    values: list[Any] = []
+    for word in re.sub(r"[;:] .*", "", text.strip()).split(", "):
+        number = word.replace(",", "")
+        if re.fullmatch(r"-?[\d.]+(e-?\d+)?", number):
+            values.append(float(number))
+        else:
+            values.append({"true": True, "false": False}.get(word, word[2:-2] if word.startswith('`"') else None))
+    return values
+
+
+def test_defaults_of_the_pages_are_those_of_the_settings():
+    compared = 0
+    for section, settings, defaults in tables_of_settings():
+        names, values = re.findall(r"`([\w.]+)`", settings), written_values(defaults)
+        for name, written in zip(names, values, strict=False):  # one word for several settings is no value
+            found = defaults_of(section, name)
+            if written is not None and not isinstance(found[0], BaseModel):  # a section's is told in its own words
+                compared += 1
+                assert written in found, f"{section}.{name} is {found}, the page says {written}"
+    assert compared > 60
+
+
 def test_modules_that_are_run_exist():
     used = {name for page in PAGES for name in re.findall(r"python -m ([a-z][\w.]*\w)", page.read_text())}
     ours = {name for name in used if (REPOSITORY / name.partition(".")[0]).is_dir()}
