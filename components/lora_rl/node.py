@@ -5,6 +5,7 @@ REQUEST is JSON: `{"config", "inputs", "output"}`, with URIs of an object store.
 from the checkpoint in the store, sends new ones, and publishes the output. The others keep nothing.
 """
 
+import argparse
 import contextlib
 import json
 import sys
@@ -62,5 +63,13 @@ def _leave_last_words(exit_code: int, message: str) -> None:
             TERMINATION_LOG.write_text(f"{message}\n")
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m components.lora_rl.node", description="One node of those that train together."
+    )
+    parser.add_argument("request", metavar="REQUEST", help="JSON, written by the step that made the TrainJob")
+    return parser
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(_parser().parse_args().request))
