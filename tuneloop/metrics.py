@@ -15,7 +15,6 @@ class JsonLines:
     """An append-only file of JSON objects that can be cut back to a known length on resume."""
 
     def __init__(self, path: Path, offset: int | None = None):
-        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         size = path.stat().st_size if path.exists() else 0
         if offset is not None and size < offset:
@@ -38,10 +37,8 @@ class JsonLines:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; one without a row is removed."""
+        """Close the file."""
         self._file.close()
-        if self._path.exists() and not self._path.stat().st_size:
-            self._path.unlink()
 
 
 class MetricsWriter:
