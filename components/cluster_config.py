@@ -5,9 +5,13 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from components.cron import check_cron
 from components.images import BASE_IMAGE, TRAIN_IMAGE
 from tuneloop.config import StrictModel
+from tuneloop.errors import UserError
 from tuneloop.settings import PositiveInt
+
+QUEUE_LABEL, PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"  # of what Kueue admits
 
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
 _DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
@@ -59,6 +63,12 @@ class Toleration(StrictModel):
             raise ValueError('seconds are of effect = "NoExecute" only')
         return self
 
+    def manifest(self) -> dict[str, str | int]:
+        """As a pod's spec holds it."""
+        fields = {"key": self.key, "operator": self.operator, "value": self.value, "effect": self.effect,
+                  "tolerationSeconds": self.seconds}  # fmt: skip
+        return {name: value for name, value in fields.items() if value not in ("", None)}
+
 
 class SecretVariable(StrictModel):
     """One key of a Secret as an environment variable; the value is never in a rendering."""
@@ -103,11 +113,18 @@ class Steps(StrictModel):
     report: StepResources = StepResources()
 
 
+def _cron(text: str) -> str:
+    try:
+        return " ".join(check_cron(text).split())
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
 class ScheduleSettings(StrictModel):
     """When runs start by themselves: a recurring run of Kubeflow Pipelines, a CronWorkflow of Argo."""
 
     runs_uri: Annotated[str, Field(pattern=r"^s3://[^/]+(/.*)?$")]  # every tick makes a run folder of its own below
-    schedules: Annotated[tuple[Annotated[str, Field(pattern=r"^(\S+\s+){4}\S+$")], ...], Field(min_length=1)] = (
+    schedules: Annotated[tuple[Annotated[str, AfterValidator(_cron)], ...], Field(min_length=1)] = (
         "0 3 * * *",
     )  # minute, hour, day of month, month, day of week
     timezone: Annotated[str, Field(pattern=r"^[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*$")] = "Etc/UTC"

@@ -45,7 +45,9 @@ def resolve_parameters(config: str, parameters: Mapping[str, Any]) -> RunConfig:
         raise UserError(f"config: expected a JSON object of settings, found {type(data).__name__}")
     given = {name: value for name, value in parameters.items() if value and name != "schedule_time"}
     dataset_uri = given.pop("dataset_uri", "")
-    data = apply_overrides(data, [f"{SETTINGS[name]}={json.dumps(value)}" for name, value in given.items()])
+    data = apply_overrides(
+        data, [f"{SETTINGS[name]}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
+    )
     resolved = parse_config(RunConfig, data, origin="config")
     if dataset_uri:
         resolved = _with_dataset(data, resolved, dataset_uri)

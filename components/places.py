@@ -88,6 +88,8 @@ class LocalPlace(Place):
 
     def __init__(self, uri: str):
         self.folder = local_path(uri)
+        if not self.folder.name:
+            raise UserError(f"{uri!r}: names no folder for the output; name one that is not there yet")
         self.partial = _partial(self.folder)
         self.name = str(self.folder)
 

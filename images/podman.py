@@ -52,23 +52,13 @@ def ready() -> str:
     """
     install()
     base = ensure_debian(podman, BUILD)
-    require_running(base)
-    return base
-
-
-def require_running(image: str) -> None:
-    """Find out how a container of this image runs here; `podman` and `environment` keep to it from then on.
-
-    Raises:
-        UserError: none does.
-    """
-    if problem := _trial(image):
+    if problem := _trial(base):
         # A container asks for higher limits than a root without CAP_SYS_RESOURCE may give: ask for less.
-        BUILD.mkdir(parents=True, exist_ok=True)
         _LIMITS.write_text(_limits())
-        if _trial(image):
-            _LIMITS.unlink(missing_ok=True)
+        if _trial(base):
+            _LIMITS.unlink()
             raise UserError(f"no container runs here: {problem}")
+    return base
 
 
 def environment() -> dict[str, str]:
@@ -106,9 +96,9 @@ def run_restricted(image: str, *command: str, options: Sequence[str] = ()) -> st
     return podman("run", "--rm", "--network=none", *RESTRICTED, *options, image, *command)
 
 
-def _trial(image: str) -> str:
+def _trial(base: str) -> str:
     """Why no container runs; empty: one does."""
-    command = ["podman", "run", "--rm", "--network=none", *RESTRICTED, image, "true"]
+    command = ["podman", "run", "--rm", "--network=none", *RESTRICTED, base, "true"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     return _last_line(done.stderr) if done.returncode else ""
 

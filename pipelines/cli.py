@@ -5,6 +5,7 @@ Imports of torch and kfp stay inside the commands that need them, so that help a
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from components.command_line import CommandLine
 from pipelines import cluster_cli, schedule_cli
 from pipelines.steps import STEP_NAMES
 from tuneloop.errors import TryAgain, TuneloopError, UserError
-from tuneloop.storage import is_remote
+from tuneloop.storage import is_remote, local_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def action() -> None:
         nonlocal code
-        code = arguments.command(arguments) or 0
+        try:
+            code = arguments.command(arguments) or 0
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader, such as head, has seen enough; what is left to print goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     return exit_code_of(action) or code
 
@@ -42,7 +47,7 @@ def _parser(with_registry: bool, with_plan: bool) -> CommandLine:
     report = commands.add_parser("report", help="write the report of a run again, or fetch it from a cluster")
     report.add_argument("run", metavar="RUN", help="folder, s3:// URI, or name under --output or on a cluster")
     report.add_argument("--output", default="runs", metavar="FOLDER", help="the folder of all runs (default: runs)")
-    report.add_argument("--to", type=Path, metavar="FILE", help="from a cluster: the copy (default: RUN.html)")
+    report.add_argument("--to", type=Path, metavar="FILE", help="a copy of it (default: none; from a cluster RUN.html)")
     cluster_cli.add_connection(report, cluster_cli.TARGETS)
     report.set_defaults(command=_report)
     _add_compile(commands)
@@ -168,16 +173,15 @@ def _run_pipeline(config, run: str) -> int:
     print(f"run: {run}", flush=True)
     again = f"python -m pipelines run --resume {shlex.quote(run)}"
     from pipelines.local import run_locally
-    from pipelines.summary import exit_code, report_line, summary
-    from tuneloop.report import fetched_run, report_of
+    from pipelines.summary import exit_code, report_after_failure, summary
+    from tuneloop.report import fetched_run
 
     try:
         run_locally(config, run)
     except TryAgain as error:
         raise TryAgain(f"{error}; continue with: {again}") from None
     except TuneloopError:
-        with report_of(run):  # the pipeline's own one was made before the cause was known
-            print(report_line(run))
+        report_after_failure(run)  # the pipeline's own one was made before the cause was known
         print(f"once the cause is gone, continue with: {again}", flush=True)
         raise
     with fetched_run(run) as folder:
@@ -187,7 +191,7 @@ def _run_pipeline(config, run: str) -> int:
 
 def _report(arguments: argparse.Namespace) -> None:
     from pipelines.runs import find_run, is_run
-    from pipelines.summary import report_line
+    from pipelines.summary import copy_report, report_line
     from tuneloop.report import report_of
 
     here = is_remote(arguments.run) or is_run(arguments.run, arguments.output)
@@ -195,8 +199,8 @@ def _report(arguments: argparse.Namespace) -> None:
         cluster_cli.report(arguments)
         return
     run = arguments.run if is_remote(arguments.run) else str(find_run(arguments.run, arguments.output))
-    with report_of(run):
-        print(report_line(run))
+    with report_of(run) as folder:
+        print(report_line(run) if arguments.to is None else f"report: {copy_report(folder, arguments.to)}")
 
 
 def _compile(arguments: argparse.Namespace) -> None:
@@ -204,7 +208,7 @@ def _compile(arguments: argparse.Namespace) -> None:
     from pipelines import compile as compiling
 
     config = load_run_config(arguments.config or compiling.CONFIG, tuple(arguments.set))
-    folder = Path(arguments.output) if arguments.output else compiling.COMPILED
+    folder = local_path(arguments.output) if arguments.output else compiling.COMPILED
     if (arguments.config or arguments.set) and not arguments.output:
         raise UserError(
             "--output: pipelines/compiled is of configs/cluster.toml alone; name a folder for another config"

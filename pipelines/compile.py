@@ -59,11 +59,17 @@ def check_compiled(config: RunConfig, folder: Path = COMPILED, targets: tuple[st
     Raises:
         UserError: they differ, or a file is missing.
     """
+    import yaml
+
     from pipelines.kfp_rendering import package_content
 
     for file, text in render(config, targets).items():
         path = folder / file
-        if not path.is_file() or package_content(path.read_text(encoding="utf-8")) != package_content(text):
+        try:
+            is_equal = package_content(path.read_text(encoding="utf-8")) == package_content(text)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            is_equal = False  # missing, or damaged
+        if not is_equal:
             raise UserError(f"{path} is not what the pipeline compiles to; run `python -m pipelines compile`")
 
 

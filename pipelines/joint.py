@@ -44,8 +44,7 @@ def run_jointly(runs: Sequence[Run]) -> int:
         TuneloopError: of the first step that failed; in training, it keeps all runs from going on.
         TryAgain: stopped, with everything saved.
     """
-    from pipelines.summary import exit_code, report_line, summary
-    from tuneloop.report import build_report
+    from pipelines.summary import exit_code, report_after_failure, summary
 
     again = "continue with: python -m pipelines run " + " ".join(f"--resume {shlex.quote(str(f))}" for _, f in runs)
     failed: dict[Path, TuneloopError] = {}
@@ -59,8 +58,7 @@ def run_jointly(runs: Sequence[Run]) -> int:
     for config, folder in runs:
         print(f"── {config.name} {'─' * (76 - len(config.name))}")
         if folder in failed:
-            build_report(folder)  # the pipeline's own one was made before the cause was known
-            print(report_line(str(folder)), flush=True)
+            report_after_failure(str(folder))  # the pipeline's own one was made before the cause was known
         else:
             print(summary(folder, str(folder)), flush=True)
     if failed:

@@ -16,14 +16,13 @@ from typing import Any, TextIO
 from components.config import RunConfig
 from components.failures import StepFailure, failures, forget_failure, record_failure
 from pipelines.step_log import StepLog
-from pipelines.steps import STEP_NAMES
+from pipelines.steps import NODES
 from tuneloop.config import resolved_json
 from tuneloop.errors import EXIT_GATE_REFUSED, EXIT_TRY_AGAIN, EXIT_USER_ERROR, TryAgain, TuneloopError
 from tuneloop.memory import TRAINING_ENVIRONMENT
 from tuneloop.storage import is_remote
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-NODES = (*STEP_NAMES, "report")
 _SHELLS = ("sh", "bash", "dash")  # kfp wraps every step in one
 
 
@@ -73,7 +72,10 @@ def run_command(command: Sequence[str], title: str, run_folders: Sequence[Path])
     print(f"── {title} {'─' * (76 - len(title))}", flush=True)
     temporary = tempfile.TemporaryDirectory(prefix="tuneloop-", ignore_cleanup_errors=True)
     with temporary as scratch, _Stop() as stop, _environment(scratch):
-        code = subprocess.Popen([sys.executable, *command], stderr=subprocess.STDOUT).wait()
+        try:
+            code = subprocess.Popen([sys.executable, *command], stderr=subprocess.STDOUT).wait()
+        except KeyboardInterrupt:
+            raise TryAgain("stopped before the next step began") from None
     if code == 0:
         return
     if stop.asked:
@@ -177,7 +179,9 @@ def _running_steps(parent: int) -> list[int]:
     """The step processes below `parent`: its children, and in place of a shell that has children, those."""
     found = []
     for child in _children(parent):
-        command = Path(f"/proc/{child}/comm").read_text().strip() if Path(f"/proc/{child}").exists() else ""
+        command = ""
+        with contextlib.suppress(OSError):  # it has just ended
+            command = Path(f"/proc/{child}/comm").read_text().strip()
         below = _running_steps(child) if command in _SHELLS else []
         found += below or [child]
     return found

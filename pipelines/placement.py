@@ -9,13 +9,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from components.cluster_config import PASSWORD_IN_URL, SecretVariable, StepResources, Toleration
+from components.cluster_config import (
+    PASSWORD_IN_URL,
+    PRIORITY_LABEL,
+    QUEUE_LABEL,
+    SecretVariable,
+    StepResources,
+    Toleration,
+)
 from components.config import RunConfig
 from tuneloop.errors import UserError
 
 HOLDS_A_MODEL = ("sft_warmup", "lora_rl", "evaluate")  # on the GPU, where there is one; rollouts go through /dev/shm
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 PART_OF_LABEL, STEP_LABEL = "app.kubernetes.io/part-of", "app.kubernetes.io/component"
 
 _NAME_LENGTH = 40  # of an object: Argo adds a time to a CronWorkflow's, and a label's value ends at 63

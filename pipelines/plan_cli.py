@@ -4,7 +4,9 @@ Reads the config and the model's config.json; imports neither torch nor kfp.
 """
 
 import argparse
+import contextlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,19 @@ def add_parser(subparsers: Any) -> None:
         help=f"all, cpu, or of {', '.join(GPUS)} (default: [check] gpu, or this machine's CPU)",
     )  # fmt: skip
     plan.add_argument("--gpus", type=_count, metavar="N", help="GPUs in the machine (default: [check] gpus)")
-    plan.add_argument("--host-memory", type=float, default=0.0, metavar="GB", help="the machine's memory, if known")
+    plan.add_argument(
+        "--host-memory", type=_gigabytes, default=0.0, metavar="GB", help="the machine's memory, if known"
+    )
     plan.add_argument("--model-config", metavar="FILE", help="a copy of the model's config.json, if it is not here")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(command=_plan)
+
+
+def _gigabytes(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of gigabytes")
 
 
 def _count(text: str) -> int:

@@ -16,7 +16,7 @@ from components.runner import Step, step_fingerprint
 from pipelines.steps import STEPS
 from tuneloop.config import apply_overrides, config_digest, parse_config, read_config_file, resolved_json
 from tuneloop.errors import UserError
-from tuneloop.storage import local_path
+from tuneloop.storage import local_path, write_file
 
 
 def create_run(config: RunConfig, output: str, name: str | None = None) -> Path:
@@ -33,7 +33,8 @@ def create_run(config: RunConfig, output: str, name: str | None = None) -> Path:
     wanted = run_name(config, name)
     try:
         folder = _make_folder(runs, wanted, unique=name is None)
-        (folder / "config.json").write_text(resolved_json(config))
+        with _removed_on_failure(folder):
+            write_file(str(folder / "config.json"), resolved_json(config).encode())
     except FileExistsError:
         raise UserError(
             f"{runs / wanted}: exists; continue it with --resume {runs / wanted}, or name another"
@@ -69,6 +70,15 @@ def _make_folder(runs: Path, wanted: str, unique: bool) -> Path:
                 raise
             number += 1
             folder = runs / f"{wanted}-{number}"
+
+
+@contextlib.contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def find_run(run: str, output: str) -> Path:
@@ -123,6 +133,8 @@ def run_locks(folders: Sequence[Path]) -> Iterator[None]:
 @contextlib.contextmanager
 def create_runs(configs: Sequence[RunConfig], output: str, names: Sequence[str] | None) -> Iterator[list[Path]]:
     """Make a new run folder for each config, all or none, and hold their locks; see `create_run`."""
+    if names and len(set(names)) < len(names):
+        raise UserError(f"--run {names[0]}: is named twice; give each run a name of its own")
     folders: list[Path] = []
     try:
         for number, config in enumerate(configs):
@@ -184,12 +196,18 @@ def clear(folder: Path, start: str | None, config: RunConfig) -> list[Path]:
 
     Returns:
         The paths that were removed.
+
+    Raises:
+        UserError: the disk refuses the config; nothing is removed.
     """
     resolved = resolved_json(config)
     again = list(STEPS)[list(STEPS).index(start) :] if start else []
     if (folder / "config.json").read_text() != resolved:
         again = ["check", *again]
-        (folder / "config.json").write_text(resolved)
+        try:
+            write_file(str(folder / "config.json"), resolved.encode())
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror}; free space, or mend the folder's rights") from None
     parts = [f"{name}{suffix}" for name in dict.fromkeys(again) for suffix in ("", ".partial", ".failed.json")]
     removed = [folder / part for part in [*parts, *(["report", "report.json"] if start else [])]]
     removed = [path for path in removed if path.exists()]

@@ -11,3 +11,4 @@ STEPS: dict[str, dict[str, str]] = {
     "promote": {"training": "lora_rl", "evaluation": "evaluate", "data": "data_prep", "merge": "merge_adapter"},
 }
 STEP_NAMES = tuple(STEPS)
+NODES = (*STEP_NAMES, "report")  # what a console shows of a run

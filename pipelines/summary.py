@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tuneloop.errors import EXIT_GATE_REFUSED, EXIT_OK
+from tuneloop.errors import EXIT_GATE_REFUSED, EXIT_OK, TuneloopError, UserError
+from tuneloop.report import report_of
 from tuneloop.storage import join_uri
 
 MODELS = ("base", "sft", "candidate", "incumbent")
@@ -41,6 +42,29 @@ def summary(folder: Path, run: str) -> str:
 def report_line(run: str) -> str:
     """Where the report of a run folder or URI is."""
     return f"report: {join_uri(run, 'report/report.html')}"
+
+
+def copy_report(folder: Path, to: Path) -> Path:
+    """Copy the report in a run folder to a file of the user's.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    content = (folder / "report" / "report.html").read_bytes()
+    try:
+        to.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"--to {to}: cannot be written ({error.strerror}); name another file") from None
+    return to
+
+
+def report_after_failure(run: str) -> None:
+    """Build the report of a run that failed, and say where it is; that it cannot be built hides no failure."""
+    try:
+        with report_of(run):
+            print(report_line(run), flush=True)
+    except TuneloopError as error:
+        print(f"no report: {error}", flush=True)
 
 
 def skipped(folder: Path) -> bool:

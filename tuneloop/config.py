@@ -49,7 +49,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         kind, text = str(path).rpartition(".")[2], _read_text(path)
     try:
         data = json.loads(text) if kind == "json" else tomllib.loads(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{_origin(path)}: not valid {'JSON' if kind == 'json' else 'TOML'}: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a table of settings, found {type(data).__name__}")
@@ -70,8 +70,8 @@ def _read_text(path: str | Path) -> str:
         if str(path).startswith("s3://"):
             from tuneloop.storage import read_file
 
-            return read_file(str(path)).decode()
-        return Path(path).read_text(encoding="utf-8")
+            return read_file(str(path)).decode("utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:

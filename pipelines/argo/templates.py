@@ -89,7 +89,7 @@ def _step(node: StepNode, config: RunConfig, graph: Graph, conditions: set[Outpu
     if placement.node_selector:
         template["nodeSelector"] = placement.node_selector
     if placement.tolerations:
-        template["tolerations"] = [_toleration(one) for one in placement.tolerations]
+        template["tolerations"] = [one.manifest() for one in placement.tolerations]
     if patch := _grace(config, node.step):
         template["podSpecPatch"] = patch
     return template
@@ -159,17 +159,6 @@ def _volumes(placement: StepPlacement) -> list[Template]:
     if placement.shm:
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": placement.shm}})
     return volumes
-
-
-def _toleration(toleration: Any) -> Template:
-    fields = {
-        "key": toleration.key,
-        "operator": toleration.operator,
-        "value": toleration.value,
-        "effect": toleration.effect,
-        "tolerationSeconds": toleration.seconds,
-    }
-    return {name: value for name, value in fields.items() if value not in ("", None)}
 
 
 def _grace(config: RunConfig, step: str) -> str:

@@ -14,7 +14,6 @@ from pipelines.cluster.connection import KubeConnection
 from pipelines.cluster.run_view import (
     CANCELLED,
     FAILED,
-    NODES,
     PAUSED,
     PENDING,
     RUNNING,
@@ -26,6 +25,7 @@ from pipelines.cluster.run_view import (
 from pipelines.cluster.submission import Submission
 from pipelines.cluster.undo import Undo, undone_on_failure
 from pipelines.placement import PART_OF_LABEL
+from pipelines.steps import NODES
 
 RUN_LABEL = "app.kubernetes.io/instance"
 WORKFLOW_LABEL = "workflows.argoproj.io/workflow"  # Argo's own, on every pod of a Workflow

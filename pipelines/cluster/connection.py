@@ -9,18 +9,22 @@ import contextlib
 import json
 import logging
 import os
+import re
+import ssl
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from components import kube_config
 from components.api_calls import TIMEOUT_SECONDS, ApiServer, Refused
+from components.kube_config import IN_CLUSTER
 from tuneloop.errors import UserError
 
 TOKEN, TOKEN_FILE, COOKIES = "TUNELOOP_KFP_TOKEN", "TUNELOOP_KFP_TOKEN_FILE", "TUNELOOP_KFP_COOKIES"
 ENDPOINT = "KF_PIPELINES_ENDPOINT"
-_IN_CLUSTER = "KUBERNETES_SERVICE_HOST"
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class KfpConnection:
 
     def __init__(self, settings: ConnectionSettings):
         self._settings, self.kfp_namespace = settings, settings.kfp_namespace
-        where = settings.endpoint or ("this cluster" if _IN_CLUSTER in os.environ else "the kubeconfig's cluster")
+        where = settings.endpoint or ("this cluster" if IN_CLUSTER in os.environ else "the kubeconfig's cluster")
         self.server = ApiServer(f"Kubeflow Pipelines at {where}", _login_advice(), settings.patience_seconds)
         self.server.renew = self._connect
         self._connect()
@@ -85,11 +89,12 @@ class KfpConnection:
                     _preload_content=False, _request_timeout=TIMEOUT_SECONDS
                 )
             )
-            found = json.loads(answer.data)
         except Refused as error:
             if error.status == 404:
                 raise UserError(elsewhere + _login_advice()) from None
             raise
+        try:
+            found = json.loads(answer.data)
         except ValueError:
             found = None
         if not isinstance(found, dict):
@@ -102,19 +107,19 @@ class KfpConnection:
 
 def _kfp_client(settings: ConnectionSettings) -> Any:
     """kfp's client: the one that knows IAP, kubeconfigs and projected service account tokens."""
-    if not settings.endpoint and _IN_CLUSTER not in os.environ:
+    if not settings.endpoint and IN_CLUSTER not in os.environ:
         _require_context(settings.context, "name the server with --host")
-    credentials = _token_file_credentials() if not os.environ.get(TOKEN) else None
-    if settings.ca_file and not Path(settings.ca_file).is_file():
-        raise UserError(f"--ca-file {settings.ca_file}: no such file")
+    _require_address(settings)
+    token = _credential(TOKEN)
+    credentials = _token_file_credentials() if not token else None
     with _quiet():
         try:
             return _client_class()(
                 host=settings.endpoint or None,
                 client_id=settings.iap_client_id or None,
                 namespace=settings.kfp_namespace,
-                existing_token=os.environ.get(TOKEN) or None,
-                cookies=os.environ.get(COOKIES) or None,
+                existing_token=token,
+                cookies=_credential(COOKIES),
                 ssl_ca_cert=settings.ca_file or None,
                 kube_context=settings.context or None,
                 credentials=credentials,
@@ -122,6 +127,34 @@ def _kfp_client(settings: ConnectionSettings) -> Any:
             )
         except OSError as error:
             raise UserError(f"credentials of Kubeflow Pipelines cannot be read ({error}); {_login_advice()}") from None
+
+
+def _require_address(settings: ConnectionSettings) -> None:
+    """Refuse what no request could be sent to, which is not worth waiting for."""
+    named, host = "--host" if settings.host else ENDPOINT, settings.endpoint
+    try:
+        address = urlsplit(host if "://" in host else f"https://{host}")
+        is_one = address.scheme in ("http", "https") and bool(address.hostname) and not re.search(r"\s", host)
+        is_one = is_one and address.port != 0  # raises ValueError when it is no number
+    except ValueError:
+        is_one = False
+    if host and not is_one:
+        raise UserError(f"{named} {host}: is no address; write https://host or http://host:port")
+    if settings.ca_file:
+        try:
+            ssl.create_default_context(cafile=settings.ca_file)
+        except ssl.SSLError:
+            raise UserError(f"--ca-file {settings.ca_file}: holds no certificate in PEM format") from None
+        except OSError as error:
+            raise UserError(f"--ca-file {settings.ca_file}: cannot be read ({error.strerror})") from None
+
+
+def _credential(variable: str) -> str | None:
+    """What a variable holds, without the line break that a file ended with."""
+    value = os.environ.get(variable, "").strip()
+    if not (value.isascii() and value.isprintable()):
+        raise UserError(f"{variable}: holds a character that a request cannot carry; copy it anew, as one line")
+    return value or None
 
 
 def _client_class() -> Any:
@@ -182,25 +215,17 @@ class KubeConnection:
     def _connect(self) -> None:
         import kubernetes
 
-        configuration = kubernetes.client.Configuration()
-        if _IN_CLUSTER in os.environ and not self._settings.context:
-            try:
-                kubernetes.config.load_incluster_config(client_configuration=configuration)
-            except kubernetes.config.ConfigException as error:
+        of_the_pod = IN_CLUSTER in os.environ and not self._settings.context
+        if not of_the_pod:
+            _require_context(self._settings.context, "log in to the cluster")
+        try:
+            configuration = kube_config.configuration(self._settings.context, of_the_pod=of_the_pod)
+        except kube_config.Unusable as error:
+            if of_the_pod:
                 raise UserError(
                     f"this pod's own credentials: {error}; mount its service account's token, or name a --context"
                 ) from None
-        else:
-            _require_context(self._settings.context, "log in to the cluster")
-            try:
-                kubernetes.config.load_kube_config(
-                    config_file=_kubeconfig(),
-                    context=self._settings.context or None,
-                    client_configuration=configuration,
-                )
-            except (kubernetes.config.ConfigException, OSError) as error:
-                raise UserError(f"kubeconfig: {error}; correct it, or name another one with KUBECONFIG") from None
-        configuration.retries = False  # pyright: ignore[reportAttributeAccessIssue] - as for Kubeflow Pipelines
+            raise UserError(f"kubeconfig: {error}; correct it, or name another one with KUBECONFIG") from None
         self.server.name = f"Kubernetes at {configuration.host}"
         client = kubernetes.client.ApiClient(configuration)
         self.core: Any = kubernetes.client.CoreV1Api(client)  # as for Kubeflow Pipelines
@@ -208,22 +233,14 @@ class KubeConnection:
 
 
 def _require_context(context: str, otherwise: str) -> None:
-    import kubernetes
-
     try:
-        contexts, active = kubernetes.config.list_kube_config_contexts(config_file=_kubeconfig())
-    except (kubernetes.config.ConfigException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"no cluster is named: no usable kubeconfig ({reason}); {otherwise}") from None
-    names = [str(found["name"]) for found in contexts]  # pyright: ignore[reportCallIssue, reportArgumentType] - untyped
+        names, has_current = kube_config.contexts()
+    except kube_config.Unusable as error:
+        raise UserError(f"no cluster is named: no usable kubeconfig ({error}); {otherwise}") from None
     if context and context not in names:
         raise UserError(f"--context {context}: the kubeconfig has no such context; it has {', '.join(names)}")
-    if not context and not active:
+    if not context and not has_current:
         raise UserError(f"the kubeconfig has no current context; name one with --context: {', '.join(names)}")
-
-
-def _kubeconfig() -> str | None:
-    return os.environ.get("KUBECONFIG") or None  # kubernetes itself reads the variable when it is imported
 
 
 @contextlib.contextmanager

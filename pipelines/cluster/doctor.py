@@ -16,6 +16,7 @@ from pipelines.cluster.submission import prepare, require_fit
 from pipelines.placement import place
 from pipelines.steps import STEP_NAMES
 from tuneloop.errors import TuneloopError, UserError
+from tuneloop.storage import is_remote
 
 OK, FAILED, UNKNOWN = "ok", "FAILED", "unknown"
 
@@ -37,7 +38,8 @@ def examine(config: RunConfig, runs_uri: str, target: str, settings: ConnectionS
         target: kfp or argo.
     """
     yield _finding("config and plan", lambda: _config(config, runs_uri))
-    yield _finding("object store", lambda: look_at_store(runs_uri))
+    if is_remote(runs_uri):
+        yield _finding("object store", lambda: look_at_store(runs_uri))
     if config.promote.registry.startswith("s3://"):
         yield _finding("registry's store", lambda: look_at_store(config.promote.registry))
     for image in sorted({config.cluster.base_image, config.cluster.train_image}):
@@ -99,7 +101,8 @@ def _kubeflow(config: RunConfig, settings: ConnectionSettings) -> str:
     if config.cluster.namespace != connection.kfp_namespace:
         raise UserError(
             f"{connection.server.name}: has a single user, so pods run in its own namespace and find their secrets and "
-            f'queue there: set [cluster] namespace = "{connection.kfp_namespace}" (docs/kubeflow.md)'
+            f'queue there: set [cluster] namespace = "{connection.kfp_namespace}" (docs/kubeflow.md), or say with '
+            "--kfp-namespace where it is"
         )
     return f"{connection.server.name}, for a single user"
 

@@ -1,5 +1,7 @@
 """What `doctor` asks Kubernetes."""
 
+import contextlib
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from components.api_calls import TIMEOUT_SECONDS, Refused
 from components.config import RunConfig
 from pipelines.cluster.connection import ConnectionSettings, KubeConnection
 from pipelines.cluster.doctor_nodes import look_at_nodes
-from pipelines.cluster.doctor_quota import demands, look_at_cluster_queue, look_at_quotas
+from pipelines.cluster.doctor_quota import Defaults, defaults_of, demands, look_at_cluster_queue, look_at_quotas
 from pipelines.cluster.not_checked import NotChecked
 from tuneloop.errors import UserError
 
@@ -54,7 +56,8 @@ class ClusterLook:
 
         self._cluster, self._kube = config.cluster, KubeConnection(settings)
         self._launches = config.lora_rl.distributed
-        self._demands = demands(config)
+        self._launches_trainjobs = self._launches.launcher == "trainjob"
+        self._config = config
         self.cluster_queue = ""
         client = self._kube.core.api_client
         self._version_api: Any = kubernetes.client.VersionApi(client)
@@ -85,7 +88,7 @@ class ClusterLook:
     def needed_kinds(self, target: str) -> list[str]:
         """Group and version of the custom resources that a run uses."""
         kinds = [ARGO] if target == "argo" else []
-        if self._launches.launcher == "trainjob":
+        if self._launches_trainjobs:
             kinds.append(TRAINER)
         return [*kinds, *([KUEUE] if self._cluster.queue else [])]
 
@@ -99,7 +102,8 @@ class ClusterLook:
         versions = [one.version for one in found.versions]
         if version not in versions:
             raise UserError(f"the cluster's {group} has {', '.join(versions)} and not {version}: {_ADVICE[kind]}")
-        return f"served, among {', '.join(versions)}"
+        hint = "; TrainJobs need a Kueue whose release notes name Trainer 2.3, which its API does not tell"
+        return f"served, among {', '.join(versions)}{hint if kind == KUEUE and self._launches_trainjobs else ''}"
 
     def needed_rights(self, target: str) -> list[Right]:
         """What submitting, following and cleaning up takes."""
@@ -160,7 +164,18 @@ class ClusterLook:
         found = self._allowed(
             "list resource quotas", lambda: core.list_namespaced_resource_quota(name, _request_timeout=TIMEOUT_SECONDS)
         )
-        return look_at_quotas(found.items, self._demands)
+        return look_at_quotas(found.items, demands(self._config, self._defaults), self._defaults)
+
+    @functools.cached_property
+    def _defaults(self) -> Defaults:
+        """What containers are counted with that ask for nothing; nothing, where one may not look."""
+        name, core = self._cluster.namespace, self._kube.core
+        with contextlib.suppress(NotChecked):
+            ranges = self._allowed(
+                "list limit ranges", lambda: core.list_namespaced_limit_range(name, _request_timeout=TIMEOUT_SECONDS)
+            )
+            return defaults_of(ranges.items)
+        return Defaults({}, {})
 
     def runtime(self) -> str:
         """Whether what TrainJobs are made from is there."""
@@ -211,7 +226,7 @@ class ClusterLook:
             ),
             "apply manifests/components/kueue, or correct the local queue's clusterQueue",
         )
-        return look_at_cluster_queue(name, found["spec"], self._demands)
+        return look_at_cluster_queue(name, found["spec"], demands(self._config, self._defaults))
 
     def _call(self, action: Callable[[], T]) -> T:
         return self._kube.server.call(action)

@@ -5,59 +5,90 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from components.cluster_config import QUEUE_LABEL
 from components.config import RunConfig
 from pipelines.cluster.not_checked import NotChecked
-from pipelines.placement import QUEUE_LABEL, place
+from pipelines.placement import place
 from pipelines.steps import STEP_NAMES
 from tuneloop.errors import UserError
 
 _IN_BYTES = ("memory", "ephemeral-storage")
 _FEWER = "ask for less ([cluster.steps], [check] gpus, lora_rl.distributed.trainjob)"
 
-Amounts = Mapping[str, Decimal]  # by resource, in its own unit: CPUs, bytes, GPUs
+Amounts = dict[str, Decimal]  # by resource, in its own unit: CPUs, bytes, GPUs
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a namespace's LimitRanges give a container that says nothing: requests, and limits."""
+
+    requests: Amounts
+    limits: Amounts
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What pods that run together ask for."""
+    """What pods that run together ask for; `queued` of it is what Kueue has to admit at once."""
 
     what: str
     asks: Amounts
-    queued: bool
+    queued: Amounts
 
 
-def demands(config: RunConfig) -> list[Demand]:
-    """What the steps of a run ask for, one after the other; of a TrainJob, all nodes together."""
-    placements = {step: place(config, step, "") for step in STEP_NAMES}
-    found = [
-        Demand(step, _amounts(it.cpu, it.memory, it.gpu_resource, it.gpus), QUEUE_LABEL in it.labels)
-        for step, it in placements.items()
-    ]
+def defaults_of(limit_ranges: Sequence[Any]) -> Defaults:
+    """The defaults of kubernetes' V1LimitRanges, of which a limit is a request too where no other one is given."""
+    requests: dict[str, Decimal] = {}
+    limits: dict[str, Decimal] = {}
+    for item in (item for found in limit_ranges for item in found.spec.limits if item.type == "Container"):
+        limits |= _parsed(item.default)
+        requests |= _parsed(item.default) | _parsed(item.default_request)
+    return Defaults(requests, limits)
+
+
+def demands(config: RunConfig, defaults: Defaults) -> list[Demand]:
+    """What the steps of a run ask for, one after the other; of a TrainJob, all nodes and the step that follows them.
+
+    A step's pod has a container of the backend's beside the step's own.
+    """
+    found = []
+    for step in STEP_NAMES:
+        it = place(config, step, "")
+        own = _amounts(it.cpu, it.memory, it.gpu_resource, it.gpus)
+        asks = _sum(defaults.requests | own, defaults.requests)
+        found.append(Demand(step, asks, asks if QUEUE_LABEL in it.labels else {}))
     if config.lora_rl.distributed.launcher == "trainjob":
         node = config.lora_rl.distributed.trainjob
-        one = _amounts(node.cpu, node.memory, config.cluster.gpu_resource, node.gpus)
-        asks = {resource: node.nodes * amount for resource, amount in one.items()}
-        found.append(Demand(f"lora_rl on {node.nodes} nodes", asks, bool(config.cluster.queue)))
+        one = defaults.requests | _amounts(node.cpu, node.memory, config.cluster.gpu_resource, node.gpus)
+        nodes = {resource: node.nodes * amount for resource, amount in one.items()}
+        launcher = next(demand.asks for demand in found if demand.what == "lora_rl")
+        queued = nodes if config.cluster.queue else {}
+        found.append(Demand(f"lora_rl on {node.nodes} nodes", _sum(nodes, launcher), queued))
     return found
 
 
-def look_at_quotas(quotas: Sequence[Any], wanted: Sequence[Demand]) -> str:
+def look_at_quotas(quotas: Sequence[Any], wanted: Sequence[Demand], defaults: Defaults) -> str:
     """Compare with all of a namespace's quotas.
 
     Args:
         quotas: kubernetes' V1ResourceQuota; one for a kind of pods alone (scopes) is passed over.
 
     Raises:
-        UserError: one grants less than is asked for.
+        UserError: one grants less than is asked for, or refuses every container.
     """
-    for quota in quotas:
-        if not (quota.spec.scopes or quota.spec.scope_selector):
-            hard = {name.removeprefix("requests."): _number(value) for name, value in (quota.spec.hard or {}).items()}
-            for demand in wanted:
-                if short := _beyond(demand.asks, hard):
-                    raise UserError(f"{demand.what} asks for {short} in resource quota {quota.metadata.name}: "
-                                    f"{_FEWER}, or have the quota raised (manifests/base/quota.yaml)")  # fmt: skip
-    return f"{_most(wanted)} at once at the most, within {len(quotas)} resource quotas"
+    for quota in (one for one in quotas if not (one.spec.scopes or one.spec.scope_selector)):
+        hard = _parsed(quota.spec.hard)
+        name = f"resource quota {quota.metadata.name}"
+        if "limits.cpu" in hard and "cpu" not in defaults.limits:
+            raise UserError(f"{name} counts limits.cpu, and steps have no limit of CPUs, so it refuses them: have it "
+                            "lifted, or a LimitRange give a default")  # fmt: skip
+        granted = {resource.removeprefix("requests."): amount for resource, amount in hard.items()}
+        if "limits.memory" in hard:  # a step's limit is its request
+            granted["memory"] = min(hard["limits.memory"], granted.get("memory", hard["limits.memory"]))
+        for demand in wanted:
+            if short := _beyond(demand.asks, granted):
+                raise UserError(f"{demand.what} asks for {short} in {name}: {_FEWER}, or have the quota raised "
+                                "(manifests/base/quota.yaml)")  # fmt: skip
+    return f"{_most(one.asks for one in wanted)} at once at the most, within {len(quotas)} resource quotas"
 
 
 def look_at_cluster_queue(name: str, spec: Mapping[str, Any], wanted: Sequence[Demand]) -> str:
@@ -77,17 +108,17 @@ def look_at_cluster_queue(name: str, spec: Mapping[str, Any], wanted: Sequence[D
     groups = spec.get("resourceGroups") or []
     covered = {resource for group in groups for resource in group["coveredResources"]}
     for demand in queued:
-        if missing := sorted(set(demand.asks) - covered):
+        if missing := sorted(set(demand.queued) - covered):
             raise NotChecked(f"{demand.what} is never admitted: cluster queue {name} covers no {', '.join(missing)}; "
                              "unless Kueue is configured not to count that (excludeResourcePrefixes)")  # fmt: skip
         for group in groups:
             _look_at_flavors(name, group, demand, spec.get("cohortName"))
-    return f"{_most(queued)} at once at the most, within cluster queue {name}"
+    return f"{_most(one.queued for one in queued)} at once at the most, within cluster queue {name}"
 
 
 def _look_at_flavors(name: str, group: Mapping[str, Any], demand: Demand, cohort: str | None) -> None:
     flavors = group["flavors"]
-    asks = {resource: amount for resource, amount in demand.asks.items() if resource in group["coveredResources"]}
+    asks = {resource: amount for resource, amount in demand.queued.items() if resource in group["coveredResources"]}
     short = [_beyond(asks, _nominal(flavor)) for flavor in flavors]
     if not all(short):
         return
@@ -124,12 +155,19 @@ def _beyond(asks: Amounts, granted: Amounts) -> str:
     )
 
 
-def _most(wanted: Iterable[Demand]) -> str:
+def _most(wanted: Iterable[Amounts]) -> str:
     most: dict[str, Decimal] = {}
-    for demand in wanted:
-        for resource, amount in demand.asks.items():
-            most[resource] = max(amount, most.get(resource, amount))
+    for asks in wanted:
+        most |= {resource: max(amount, most.get(resource, amount)) for resource, amount in asks.items()}
     return ", ".join(f"{_text(resource, amount)} {resource}" for resource, amount in most.items()) or "nothing"
+
+
+def _sum(one: Amounts, other: Amounts) -> Amounts:
+    return {name: one.get(name, Decimal(0)) + other.get(name, Decimal(0)) for name in {**one, **other}}
+
+
+def _parsed(quantities: Mapping[str, str] | None) -> dict[str, Decimal]:
+    return {resource: _number(quantity) for resource, quantity in (quantities or {}).items()}
 
 
 def _text(resource: str, amount: Decimal) -> str:

@@ -10,7 +10,6 @@ from pipelines.cluster.run_view import (
     CANCELLED,
     CANCELLING,
     FAILED,
-    NODES,
     PAUSED,
     PENDING,
     RUNNING,
@@ -21,6 +20,7 @@ from pipelines.cluster.run_view import (
 )
 from pipelines.cluster.submission import Submission
 from pipelines.cluster.undo import Undo, undone_on_failure
+from pipelines.steps import NODES
 
 _PAGE = 100
 _RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -85,7 +85,7 @@ class KfpRuns:
 
     def link(self, run: RunView) -> str:
         """The run's page in the console."""
-        return run_link(self._connection.ui, run.id)
+        return run_link(self._connection.ui, run.id, self._connection.kfp_namespace)
 
     def pod_labels(self, run: RunView) -> str:
         """What Kubeflow Pipelines labels a run's pods with."""
@@ -98,7 +98,7 @@ class KfpRuns:
             "pipeline_version_reference": pipeline.reference,
             "runtime_config": {"parameters": wanted.arguments},
         }
-        if self._connection.namespace and wanted.config.cluster.service_account:  # else Kubeflow's own runs the pods
+        if wanted.config.cluster.service_account:  # else Kubeflow's own runs the pods
             body["service_account"] = wanted.config.cluster.service_account
 
         def find() -> Any:
@@ -129,11 +129,11 @@ class KfpRuns:
         return next((run for run in answer.runs or [] if run.storage_state != "ARCHIVED"), None)
 
 
-def run_link(ui: str, run_id: str) -> str:
+def run_link(ui: str, run_id: str, kfp_namespace: str) -> str:
     """The run's page in the console at `ui`; empty: how to open one."""
     if ui:
         return f"{ui}/#/runs/details/{run_id}"
-    forward = "kubectl --namespace kubeflow port-forward service/ml-pipeline-ui 8080:80"
+    forward = f"kubectl --namespace {kfp_namespace} port-forward service/ml-pipeline-ui 8080:80"
     return f"http://localhost:8080/#/runs/details/{run_id}, after: {forward}"
 
 

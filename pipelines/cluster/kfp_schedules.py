@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from components.api_calls import TIMEOUT_SECONDS
+from components.cron import with_seconds
 from components.node import TICK
 from pipelines.cluster.connection import KfpConnection
-from pipelines.cluster.cron import with_seconds
 from pipelines.cluster.kfp_pipelines import ensure_pipeline, in_namespace, version_name
 from pipelines.cluster.schedules import Declared, Existing, digest_of
 from pipelines.cluster.undo import Undo, undone_on_failure
@@ -119,7 +119,7 @@ class KfpSchedules:
             "trigger": {"cron_schedule": {"cron": with_seconds(declared.cron[0])}},
             "runtime_config": {"parameters": parameters},
         }
-        if self._api.namespace and declared.config.cluster.service_account:
+        if declared.config.cluster.service_account:
             body["service_account"] = declared.config.cluster.service_account
         return body
 

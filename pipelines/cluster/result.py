@@ -1,12 +1,12 @@
 """What a run on a cluster came to, read from its folder in the object store."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from components.failures import failures
-from pipelines.cluster.run_view import CANCELLED, NODES, SUCCEEDED, RunView
+from pipelines.cluster.run_view import CANCELLED, SUCCEEDED, RunView
+from pipelines.steps import NODES
 from tuneloop.errors import EXIT_GATE_REFUSED, EXIT_OK, EXIT_TRY_AGAIN, TuneloopError, UserError
 from tuneloop.storage import NotFound, join_uri, read_file
 
@@ -73,13 +73,14 @@ def fetch_report(run: RunView, to: Path | None) -> Path:
         raise UserError(f"{run.name}: was started without output_uri, so it has no report")
     path = to or Path(f"{run.name}.html")
     try:
-        path.write_bytes(read_file(join_uri(run.output_uri, "report/report.html")))
+        content = read_file(join_uri(run.output_uri, "report/report.html"))
     except NotFound:
         from tuneloop.report import build_report, fetched_run
 
         with fetched_run(run.output_uri) as folder:
-            build_report(folder)
-            shutil.copyfile(folder / "report" / "report.html", path)
+            content = build_report(folder).html.read_bytes()
+    try:
+        path.write_bytes(content)
     except OSError as error:
         raise UserError(f"--to {path}: cannot be written ({error.strerror}); name another file") from None
     return path

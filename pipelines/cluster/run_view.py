@@ -5,10 +5,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
-from pipelines.steps import STEP_NAMES
-
-NODES = (*STEP_NAMES, "report")
-
 PENDING, RUNNING, PAUSED, CANCELLING = "pending", "running", "paused", "cancelling"
 SUCCEEDED, FAILED, CANCELLED, SKIPPED = "succeeded", "failed", "cancelled", "skipped"
 ENDED = (SUCCEEDED, FAILED, CANCELLED, SKIPPED)

@@ -14,7 +14,6 @@ from typing import Annotated, Protocol
 from pydantic import Field
 
 from components.config import RunConfig, load_run_config
-from pipelines.cluster.cron import check_cron
 from pipelines.cluster.submission import prepare, require_fit
 from pipelines.placement import object_name
 from tuneloop.config import StrictModel, parse_config, read_config_file
@@ -150,15 +149,13 @@ def _declared(path: Path, owner: str, namespace: str) -> Declared:
         raise UserError(f"{path}: has no [cluster.schedule]; say when it runs, or take it from the list")
     prepare(config, schedule.runs_uri)
     require_fit(config)
-    try:
-        cron = tuple(check_cron(" ".join(text.split())) for text in schedule.schedules)
-    except UserError as error:
-        raise UserError(f"{path}: cluster.schedule.schedules: {error}") from None
     runs_uri = schedule.runs_uri.rstrip("/")
     # Whether it is paused is no part of what it is.
     plain = config.cluster.model_copy(update={"schedule": schedule.model_copy(update={"suspend": True})})
     config = config.model_copy(update={"cluster": plain})
-    return Declared(object_name(config), owner, config, cron, schedule.timezone, runs_uri, schedule.suspend)
+    return Declared(
+        object_name(config), owner, config, schedule.schedules, schedule.timezone, runs_uri, schedule.suspend
+    )
 
 
 def compare(backend: Schedules, owner: str, declared: Sequence[Declared]) -> list[Change]:

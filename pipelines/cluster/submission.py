@@ -64,7 +64,7 @@ def prepare(config: RunConfig, runs_uri: str, name: str | None = None) -> Submis
     Raises:
         UserError: something of it only this machine could reach, or the name cannot name a run.
     """
-    if not is_remote(runs_uri) or not runs_uri.removeprefix("s3://").strip("/"):
+    if not is_remote(runs_uri) or not runs_uri.removeprefix("s3://").partition("/")[0]:
         raise UserError(
             f"--output {runs_uri or '(none)'}: steps of a cluster share an object store and no disk; name "
             "s3://bucket/prefix, the folder of all runs"

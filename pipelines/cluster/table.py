@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TextIO
 
-from pipelines.cluster.run_view import ENDED, FAILED, NODES, RUNNING, SKIPPED, SUCCEEDED, RunView, StepView
+from pipelines.cluster.run_view import ENDED, FAILED, RUNNING, SKIPPED, SUCCEEDED, RunView, StepView
+from pipelines.steps import NODES
 
 _MARKS = {SUCCEEDED: "✓", FAILED: "✗", RUNNING: "▶", SKIPPED: "-"}
 _QUIET_SECONDS = 60.0  # between two lines of a log about one running step

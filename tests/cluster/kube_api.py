@@ -27,7 +27,7 @@ _IN_NAMESPACE = r"namespaces/(?P<namespace>[^/]+)"
 _CUSTOM = re.compile(rf"/apis/(?P<group>[^/]+)/(?P<version>[^/]+)/{_IN_NAMESPACE}/(?P<plural>[^/]+)(/(?P<name>[^/]+))?")
 _PODS = re.compile(rf"/api/v1/{_IN_NAMESPACE}/pods(/(?P<name>[^/]+))?(?P<log>/log)?")
 _CORE = re.compile(
-    rf"/api/v1/(namespaces/[^/]+|nodes|{_IN_NAMESPACE}/((serviceaccounts|secrets)/[^/]+|resourcequotas))"
+    rf"/api/v1/(namespaces/[^/]+|nodes|{_IN_NAMESPACE}/((serviceaccounts|secrets)/[^/]+|resourcequotas|limitranges))"
 )
 _OF_THE_CLUSTER = re.compile(
     r"/apis/[^/]+/v1[^/]+/(clustertrainingruntimes|clusterqueues|workloadpriorityclasses)/[^/]+"

@@ -19,6 +19,7 @@ from tests.s3_server import s3_server  # noqa: F401 - a fixture
 from tuneloop.errors import UserError
 
 QUOTAS = "/api/v1/namespaces/tuneloop/resourcequotas"
+LIMIT_RANGES = "/api/v1/namespaces/tuneloop/limitranges"
 CLUSTER_QUEUE = "/apis/kueue.x-k8s.io/v1beta2/clusterqueues/tuneloop"
 SEVERAL_NODES = ('lora_rl.distributed.launcher="trainjob"', "cluster.steps.lora_rl.gpus=0")
 GROUPS = {"argoproj.io": "v1alpha1", "kueue.x-k8s.io": "v1beta2", "trainer.kubeflow.org": "v1alpha1"}
@@ -80,6 +81,7 @@ def cluster(kube_api: KubeApi, s3_server) -> KubeApi:  # noqa: F811
         "/apis/kueue.x-k8s.io/v1beta2/workloadpriorityclasses/soon": {"metadata": {"name": "soon"}, "value": 1},
         "/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/tuneloop": {"metadata": {"name": "tuneloop"}},
         QUOTAS: {"kind": "ResourceQuotaList", "apiVersion": "v1", "metadata": {}, "items": [manifest("ResourceQuota")]},
+        LIMIT_RANGES: {"kind": "LimitRangeList", "apiVersion": "v1", "metadata": {}, "items": [manifest("LimitRange")]},
         CLUSTER_QUEUE: manifest("ClusterQueue"),
         "/api/v1/nodes": {"kind": "NodeList", "apiVersion": "v1", "metadata": {}, "items": [node]},
     }  # fmt: skip
@@ -218,8 +220,38 @@ def test_what_a_run_asks_for_is_compared_with_the_quotas(doctor, cluster):
         "lora_rl on 4 nodes asks for 32 of 16 nvidia.com/gpu in cluster queue tuneloop, which would never" in failed[1]
     )
     answer = doctor("cluster.steps.evaluate.memory=2Ti", "cluster.steps.data_prep.cpu=96500m")
-    assert "data_prep asks for 96.5 of 96 cpu in resource quota tuneloop" in answer.out
+    assert "data_prep asks for 96.6 of 96 cpu in resource quota tuneloop" in answer.out
     assert doctor("cluster.queue=", "cluster.steps.lora_rl.gpus=0", "cluster.steps.evaluate.memory=2Ti").code == 2
+
+
+def test_what_runs_beside_a_step_is_counted(doctor, cluster):
+    """The defaults on the quota of `overlays/dev`, into which the nodes alone would fit."""
+    hard = cluster.things[QUOTAS]["items"][0]["spec"]["hard"]
+    hard |= {"requests.cpu": "16", "requests.memory": "128Gi", "requests.nvidia.com/gpu": "2"}
+    answer = doctor(*SEVERAL_NODES, "lora_rl.distributed.trainjob.gpus=1")
+    assert "lora_rl on 2 nodes asks for 16.6 of 16 cpu, 129.125Gi of 128Gi memory in resource quota" in answer.out
+    resources = cluster.things[CLUSTER_QUEUE]["spec"]["resourceGroups"][0]["flavors"][0]["resources"]
+    resources[1]["nominalQuota"] = "64Gi"
+    assert "lora_rl asks for 64.125Gi of 64Gi memory in cluster queue tuneloop" in doctor().out
+    cluster.things[LIMIT_RANGES]["items"].clear()
+    assert queue_states(doctor())[0].startswith("ok")
+
+
+def test_what_the_namespace_adds_has_to_be_covered_by_the_queue(doctor, cluster):
+    [group] = cluster.things[CLUSTER_QUEUE]["spec"]["resourceGroups"]
+    group["coveredResources"].remove("ephemeral-storage")
+    assert "covers no ephemeral-storage" in queue_states(doctor())[0]
+
+
+def test_quotas_of_limits(doctor, cluster):
+    hard = cluster.things[QUOTAS]["items"][0]["spec"]["hard"]
+    hard["limits.memory"] = "8Gi"
+    assert "data_prep asks for 8.125Gi of 8Gi memory in resource quota tuneloop" in doctor().out
+    del hard["limits.memory"]
+    hard["limits.cpu"] = "64"
+    assert "resource quota tuneloop counts limits.cpu, and steps have no limit of CPUs" in doctor().out
+    cluster.things[LIMIT_RANGES]["items"][0]["spec"]["limits"][0]["default"] = {"cpu": "64"}
+    assert doctor().code == 0
 
 
 def test_quota_of_some_pods_alone_is_passed_over(doctor, cluster):
@@ -267,11 +299,12 @@ def test_resource_that_the_cluster_queue_does_not_cover(doctor, cluster):
     ]
     [line] = queue_states(doctor())
     assert line.startswith("unknown")
-    assert "lora_rl is never admitted: cluster queue tuneloop covers no memory" in line
+    assert "lora_rl is never admitted: cluster queue tuneloop covers no ephemeral-storage, memory" in line
 
 
 def test_what_one_may_not_look_at_is_no_failure(doctor, cluster):
     paths = "/secrets/", "/nodes", "/resourcequotas", "/clusterqueues/"
+    cluster.faults.append(Fault(path="/limitranges", status=403))  # without them, what is asked for by name is compared
     cluster.faults += [Fault(path=path, status=403) for path in paths]
     answer = doctor()
     assert answer.code == 0

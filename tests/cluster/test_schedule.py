@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cluster.cron import check_cron
+from components.cron import check_cron
 from tests.cluster.command import Answer, Command
 from tests.cluster.faulty_server import Fault
 from tests.cluster.kfp_server import KfpServer

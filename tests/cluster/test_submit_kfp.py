@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from werkzeug.wrappers import Response
@@ -16,6 +17,7 @@ from tests.cluster.kube_api import write_kubeconfig
 
 ONE_OF_EACH = {"pipelines": 1, "versions": 1, "experiments": 1, "runs": 1, "recurringruns": 0}
 NOTHING = dict.fromkeys(ONE_OF_EACH, 0)
+NO_ADDRESSES = ("http://", "http://a b", "http://[::1", "http://x:notaport", "htp://x")
 
 
 def counts(server: KfpServer) -> dict[str, int]:
@@ -29,6 +31,7 @@ def test_submit_starts_the_run_with_its_parameters_and_says_where_it_is(command:
     [run], [version] = kfp_server.stored["runs"], kfp_server.stored["versions"]
     parameters = run["runtime_config"]["parameters"]
     assert run["display_name"] == answer.run
+    assert run["service_account"] == "tuneloop-step"  # a server for a single user takes it too
     assert parameters["output_uri"] == f"{RUNS}/{answer.run}"
     assert json.loads(parameters["config"])["promote"]["registry"] == "s3://models/registry"
     assert run["pipeline_version_reference"]["pipeline_version_id"] == version["pipeline_version_id"]
@@ -213,6 +216,19 @@ def test_a_token_file_is_read_again_when_its_owner_renews_it(
     assert counts(kfp_server) == ONE_OF_EACH
 
 
+def test_a_credential_may_end_with_a_line_and_hold_none(command: Command, kfp_server: KfpServer, monkeypatch):
+    kfp_server.token = "valid"
+    monkeypatch.setenv("TUNELOOP_KFP_TOKEN", "valid\n")
+    assert command.submit().code == 0
+    for variable, value in (("TUNELOOP_KFP_TOKEN", "val\nid"), ("TUNELOOP_KFP_COOKIES", "session=“abc”")):
+        monkeypatch.setenv(variable, value)
+        answer = command.submit()
+        assert (answer.code, answer.err.count("\n")) == (2, 1)
+        assert f"{variable}: holds a character that a request cannot carry" in answer.err
+        assert value not in answer.err
+        monkeypatch.delenv(variable)
+
+
 def test_a_login_page_is_one_line(command: Command, kfp_server: KfpServer):
     kfp_server.faults.append(Fault("GET", "", 302, headers={"Location": "https://login.invalid/dex"}))
     answer = command.submit()
@@ -258,6 +274,11 @@ def test_without_a_host_the_kubeconfig_leads_to_the_server(
     refused = command.submit()
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert "name the server with --host" in refused.err
+    for content in ("a: [", "hello", "contexts: {}", "contexts: [1]"):
+        (tmp_path / "broken").write_text(content)
+        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "broken"))
+        refused = command.submit()
+        assert (refused.code, refused.err.count("\n")) == (2, 1), refused.err
     kubeconfig = str(write_kubeconfig(tmp_path / "kubeconfig", kfp_server.url, "secret"))
     monkeypatch.setenv("KUBECONFIG", kubeconfig)
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", kubeconfig)  # read at import
@@ -273,6 +294,7 @@ def test_without_a_host_the_kubeconfig_leads_to_the_server(
     [
         ([], "runs", "--output runs: steps of a cluster share an object store and no disk"),
         ([], "s3://", "--output s3://"),
+        ([], "s3:///runs", "--output s3:///runs"),
         (["--set", "promote.registry=registry"], RUNS, "promote.registry = registry: is a folder"),
         (["--set", "model.uri=../model"], RUNS, "model.uri = ../model: is on this machine"),
         (
@@ -284,13 +306,16 @@ def test_without_a_host_the_kubeconfig_leads_to_the_server(
         (["--run", "Not a name"], RUNS, "--run 'Not a name'"),
         (["--package", "x.yaml"], RUNS, "--package: is of --target vertex alone"),
         (["--patience", "soon"], RUNS, "'soon' is no number of seconds"),
-        (["--ca-file", "none.pem"], RUNS, "--ca-file none.pem: no such file"),
+        (["--ca-file", "none.pem"], RUNS, "--ca-file none.pem: cannot be read (No such file"),
+        (["--ca-file", "runs.txt"], RUNS, "--ca-file runs.txt: holds no certificate in PEM format"),
+        *((["--host", host], RUNS, f"--host {host}: is no address; write https://host") for host in NO_ADDRESSES),
         (["--target", "vertex", "--wait"], RUNS, "drop --wait"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_before_a_server_is_asked(
     command: Command, kfp_server: KfpServer, arguments, output, fragment
 ):
+    Path("runs.txt").write_text("no certificate")
     answer = command.submit(*arguments, output=output)
     assert (answer.code, answer.err.count("\n")) == (2, 1), answer.err
     assert answer.err.startswith("error: ")

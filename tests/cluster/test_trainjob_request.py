@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from components.cluster_config import QUEUE_LABEL
 from components.exit_codes import exit_code_of
 from components.lora_rl.joint import require_one_base
 from components.lora_rl.trainjob.launcher import launch
-from pipelines.placement import QUEUE_LABEL, place
+from pipelines.placement import place
 from tests.cluster.trainer_api import trainer_api
 from tests.cluster.trainjob_cluster import INPUTS, OUTPUT, SETTINGS, Cluster, cluster, quick
 from tests.tiny_run import tiny_config
@@ -61,9 +62,11 @@ def test_what_is_on_a_local_disk_and_a_missing_cluster_are_refused(monkeypatch: 
     refused = exit_code_of(lambda: launch(config, INPUTS, "runs/x", "f"), lambda _, text: messages.append(text))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     missing = exit_code_of(lambda: launch(config, INPUTS, OUTPUT, "f"), lambda _, text: messages.append(text))
-    assert (refused, missing) == (2, 2)
+    (tmp_path / "none").write_text("hello")
+    damaged = exit_code_of(lambda: launch(config, INPUTS, OUTPUT, "f"), lambda _, text: messages.append(text))
+    assert (refused, missing, damaged) == (2, 2, 2)
     assert "--output runs/x" in messages[0]
-    assert "needs a Kubernetes cluster" in messages[1]
+    assert all("needs a Kubernetes cluster" in message for message in messages[1:])
 
 
 def test_the_step_that_launches_has_no_gpu_and_is_not_queued_itself():

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from tuneloop.errors import UserError
 from tuneloop.report.model_card import model_card
 from tuneloop.report.outcome import outcome
 from tuneloop.report.page import page
@@ -30,15 +31,24 @@ def build_report(run_folder: Path, error: str = "") -> ReportFiles:
         error: why the run ended, when the caller knows more than the folder does.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such folder, or it cannot be written to.
     """
     run = read_run(run_folder, error)
     folder = run.folder / "report"
-    folder.mkdir(exist_ok=True)
     files = ReportFiles(folder / "report.html", folder / "model_card.md", run.folder / "report.json")
-    _write(files.html, page(run))
-    _write(files.model_card, model_card(run))
-    _write(files.summary, json.dumps(outcome(run), indent=2, allow_nan=False) + "\n")
+    contents = {
+        files.html: page(run),
+        files.model_card: model_card(run),
+        files.summary: json.dumps(outcome(run), indent=2, allow_nan=False) + "\n",
+    }
+    try:
+        folder.mkdir(exist_ok=True)
+        for path, content in contents.items():
+            _write(path, content)
+    except OSError as problem:
+        raise UserError(
+            f"{folder}: the report cannot be written ({problem.strerror}); free space, or mend the folder's rights"
+        ) from None
     return files
 
 

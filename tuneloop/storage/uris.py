@@ -19,13 +19,15 @@ def local_path(uri: str) -> Path:
     """The local path that a `file://` URI or a plain path names.
 
     Raises:
-        UserError: the URI names another kind of storage.
+        UserError: the URI names another kind of storage, or is what is left of an s3:// without a bucket.
     """
     parsed = urlparse(uri)
     if parsed.scheme == "file":
         return Path(unquote(parsed.path))
     if parsed.scheme and "://" in uri:
         raise UserError(f"{uri}: only local paths and file:// are accepted here")
+    if uri.partition("/")[0] == "s3:":
+        raise UserError(f"{uri}: names no bucket; write s3://bucket/prefix")
     return Path(uri)
 
 

@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from components import kube_config
 from components.api_calls import TIMEOUT_SECONDS, ApiServer, Refused
 from components.lora_rl.trainjob.manifest import GROUP, PLURAL, VERSION, Object
 from tuneloop.errors import UserError
 
-IN_CLUSTER = "KUBERNETES_SERVICE_HOST"
 JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"  # of a pod; a TrainJob's JobSet has the TrainJob's name
 _SLACK_SECONDS = 15.0  # of a watch that the server is to end by itself
 _AGAIN_SECONDS = 1.0  # after a watch that broke
@@ -37,18 +37,11 @@ class TrainJobApi:
     def _connect(self) -> None:
         import kubernetes
 
-        configuration = kubernetes.client.Configuration()
         try:
-            if IN_CLUSTER in os.environ:
-                kubernetes.config.load_incluster_config(client_configuration=configuration)
-            else:
-                kubernetes.config.load_kube_config(
-                    config_file=os.environ.get("KUBECONFIG") or None, client_configuration=configuration
-                )
-        except (kubernetes.config.ConfigException, OSError) as error:
+            configuration = kube_config.configuration(of_the_pod=kube_config.IN_CLUSTER in os.environ)
+        except kube_config.Unusable as error:
             raise UserError(f'lora_rl.distributed.launcher = "trainjob" needs a Kubernetes cluster, and there are no '
                             f"credentials for one ({error}); run it there, or set it inline") from None  # fmt: skip
-        configuration.retries = False  # pyright: ignore[reportAttributeAccessIssue] - `ApiServer` repeats
         client = kubernetes.client.ApiClient(configuration)
         self.server.name = f"Kubernetes at {configuration.host}"
         self.core: Any = kubernetes.client.CoreV1Api(client)  # generated, with return types that are no help

@@ -214,7 +214,8 @@ class _Launch:
     def _say(self, text: str, topic: str = "") -> None:
         """Print a line, once in this state for each topic."""
         if (topic or text) not in self._said:
-            print(f"lora_rl: {text}", flush=True)
+            sys.stdout.write(f"lora_rl: {text}\n")  # in one piece: logs are printed meanwhile
+            sys.stdout.flush()
         self._said.add(topic or text)
 
 

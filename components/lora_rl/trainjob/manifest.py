@@ -6,13 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from components.cluster_config import ClusterConfig, Toleration
+from components.cluster_config import PRIORITY_LABEL, QUEUE_LABEL, ClusterConfig
 from components.config import RunConfig
 
 Object = dict[str, Any]
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
-QUEUE_LABEL, PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 LABELS = {"app.kubernetes.io/part-of": "tuneloop", "app.kubernetes.io/component": "lora_rl"}
 REQUEST = "tuneloop/request"  # annotation: digest of what the job is to make, and how
 NODE = "node"  # what Kubeflow's torch runtimes call the replicated job and its container
@@ -95,7 +94,7 @@ def _pod_patch(cluster: ClusterConfig, on_gpus: bool) -> Object:
     tolerations = cluster.tolerations + (cluster.gpu_tolerations if on_gpus else ())
     pod: Object = {
         "nodeSelector": selector,
-        "tolerations": [_toleration(toleration) for toleration in tolerations],
+        "tolerations": [toleration.manifest() for toleration in tolerations],
         "imagePullSecrets": [{"name": name} for name in cluster.image_pull_secrets],
     }
     pod = {key: value for key, value in pod.items() if value}
@@ -103,9 +102,3 @@ def _pod_patch(cluster: ClusterConfig, on_gpus: bool) -> Object:
         return {}
     job = {"name": NODE, "template": {"spec": {"template": {"spec": pod}}}}
     return {"template": {"spec": {"replicatedJobs": [job]}}}
-
-
-def _toleration(toleration: Toleration) -> Object:
-    fields = {"key": toleration.key, "operator": toleration.operator, "value": toleration.value,
-              "effect": toleration.effect, "tolerationSeconds": toleration.seconds}  # fmt: skip
-    return {name: value for name, value in fields.items() if value not in ("", None)}

@@ -135,7 +135,8 @@ class Pods:
         with self._printing:
             if self._closed:
                 return
-            print(f"node {node} | {line}", flush=True)
+            sys.stdout.write(f"node {node} | {line}\n")  # in one piece: the launcher prints too
+            sys.stdout.flush()
 
     def _patiently(self, action: Any) -> Any:
         """`action`'s result; None when the server is away, which is said and no reason to stop looking."""
