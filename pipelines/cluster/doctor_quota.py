@@ -107,24 +107,27 @@ def look_at_cluster_queue(name: str, spec: Mapping[str, Any], wanted: Sequence[D
     queued = [demand for demand in wanted if demand.queued]
     groups = spec.get("resourceGroups") or []
     covered = {resource for group in groups for resource in group["coveredResources"]}
+    doubts = [_look_at_flavors(name, group, demand, spec.get("cohortName")) for demand in queued for group in groups]
     for demand in queued:
         if missing := sorted(set(demand.queued) - covered):
-            raise NotChecked(f"{demand.what} is never admitted: cluster queue {name} covers no {', '.join(missing)}; "
-                             "unless Kueue is configured not to count that (excludeResourcePrefixes)")  # fmt: skip
-        for group in groups:
-            _look_at_flavors(name, group, demand, spec.get("cohortName"))
+            doubts.append(f"{demand.what} is never admitted: cluster queue {name} covers no {', '.join(missing)}; "
+                          "unless Kueue is configured not to count that (excludeResourcePrefixes)")  # fmt: skip
+    if any(doubts):
+        raise NotChecked(next(filter(None, doubts)))
     return f"{_most(one.queued for one in queued)} at once at the most, within cluster queue {name}"
 
 
-def _look_at_flavors(name: str, group: Mapping[str, Any], demand: Demand, cohort: str | None) -> None:
+def _look_at_flavors(name: str, group: Mapping[str, Any], demand: Demand, cohort: str | None) -> str:
+    """What may keep the demand waiting; empty when a flavor has all of it."""
     flavors = group["flavors"]
     asks = {resource: amount for resource, amount in demand.queued.items() if resource in group["coveredResources"]}
     short = [_beyond(asks, _nominal(flavor)) for flavor in flavors]
     if not all(short):
-        return
+        return ""
     if cohort and not all(_beyond(asks, _with_loans(flavor)) for flavor in flavors):
-        raise NotChecked(f"{demand.what} asks for {short[0]} in cluster queue {name}: it waits until cohort {cohort} "
-                         "lends the rest")  # fmt: skip
+        return (
+            f"{demand.what} asks for {short[0]} in cluster queue {name}: it waits until cohort {cohort} lends the rest"
+        )
     raise UserError(f"{demand.what} asks for {short[0]} in cluster queue {name}, which would never admit it: {_FEWER}, "
                     "or have its quota raised (manifests/components/kueue/cluster-queue.yaml)")  # fmt: skip
 

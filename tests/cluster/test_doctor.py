@@ -241,6 +241,8 @@ def test_what_the_namespace_adds_has_to_be_covered_by_the_queue(doctor, cluster)
     [group] = cluster.things[CLUSTER_QUEUE]["spec"]["resourceGroups"]
     group["coveredResources"].remove("ephemeral-storage")
     assert "covers no ephemeral-storage" in queue_states(doctor())[0]
+    group["flavors"][0]["resources"][-1]["nominalQuota"] = "4"  # what is certain goes before what is not
+    assert "asks for 8 of 4 nvidia.com/gpu" in queue_states(doctor())[0]
 
 
 def test_quotas_of_limits(doctor, cluster):
