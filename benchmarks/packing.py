@@ -41,7 +41,7 @@ def main() -> None:
     sft = [(prompt, [solution]) for prompt, solution in zip(prompts, solutions, strict=True)]
     results = {"rl": count(rl, arguments), "sft": count(sft, arguments)}
     rows = [row for name, counted in results.items() for row in rows_of(name, counted, arguments)]
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     save("packing", rows, {"settings": settings, "counts": results})
 
 

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import re
 
 import pytest
 import torch
 
 from benchmarks import __main__ as bench
-from benchmarks.common import MemoryWindow, Row, table, tensor_bytes
+from benchmarks.common import RESULTS, MemoryWindow, Row, table, tensor_bytes
 from benchmarks.gpu import decode_floor
 from benchmarks.lora_vs_full import budget_rows, held_bytes
 from benchmarks.packing import attention_pairs, count_packed, count_padded
@@ -105,3 +106,9 @@ def test_saved_tables_can_be_read_back(tmp_path, monkeypatch):
     saved = json.loads(path.read_text())
     assert [Row(**row) for row in saved["table"]] == rows
     assert saved["more"] == 1
+
+
+def test_results_name_no_place_of_the_machine_that_measured():
+    files = sorted(RESULTS.glob("*.json"))
+    assert files
+    assert [file.name for file in files if re.search(r'"/\w+/', file.read_text())] == []
