@@ -60,11 +60,11 @@ def in_mlflow(uri: str) -> tuple[list[str], Points, dict[str, str]]:
 
 
 def in_wandb(folder: Path) -> tuple[set[str], Points]:
-    """Ids of all offline runs under `folder`, and every point in them."""
+    """Ids of all offline runs under `folder`, which have ended, and every point in them."""
     ids, points = set(), {}
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         ids.add(file.stem.removeprefix("run-"))
-        for record in offline_records(file.read_bytes()):
+        for record in ended_records(file):
             if record.HasField("history"):
                 row = {
                     ".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
@@ -73,6 +73,17 @@ def in_wandb(folder: Path) -> tuple[set[str], Points]:
                     if not name.startswith("_"):
                         points.setdefault(name, []).append((row["_step"], value))
     return ids, points
+
+
+def ended_records(file: Path) -> list:
+    """The records of a run that has ended; wandb's own process may write the last ones a moment after its answer."""
+    deadline = time.monotonic() + 30
+    while True:
+        records = list(offline_records(file.read_bytes()))
+        if any(record.HasField("exit") for record in records):
+            return records
+        assert time.monotonic() < deadline, f"{file} does not end"
+        time.sleep(0.05)
 
 
 def offline_records(data: bytes) -> Iterator:
@@ -88,6 +99,8 @@ def offline_records(data: bytes) -> Iterator:
             position += 32768 - position % 32768
             continue
         length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        if position + 7 + length > len(data):
+            return  # still being written
         message += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):
