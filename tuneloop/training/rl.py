@@ -1,5 +1,6 @@
 """LoRA reinforcement learning: collect → score → update → sync → save."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -165,6 +166,8 @@ class RlTrainer:
         """Close the logs and let go of the policy."""
         self.state.close()
         accuracies = self.state.metrics.column("validation/accuracy")
+        if not self.world.is_first:  # its own log may be empty, and its result is not recorded
+            accuracies = accuracies or [math.nan]
         digest = self.learner.reference.digest
         return RlResult(self.sync.digest, digest, accuracies[0], accuracies[-1], self.settings.updates)
 
